@@ -1,0 +1,85 @@
+# Every target does its own set-up: the first one builds .venv, later ones find it done.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PRESET ?= cpu
+SCRATCH := build/scratch
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test test-slow test-gpu quality style types build-check hub-files hub-files-check bench \
+	verify-results toybox clean
+
+$(STAMP): pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(PY) -P -m objectcompose.examples.demo
+
+test: $(STAMP)  ## fast tier, at most 3 minutes
+	$(PY) -P -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(PY) -P -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(STAMP)
+	$(PY) -P -m pytest -q -m gpu
+
+style: $(STAMP)  ## rewrites files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+quality: $(STAMP)  ## writes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tests/package/check_sizes.py
+
+# mypy does not follow the default editable install, so it checks a copy installed into a scratch folder.
+types: $(STAMP)
+	@rm -rf build $(SCRATCH)
+	@mkdir -p $(SCRATCH)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target $(SCRATCH)/types .
+	cd $(SCRATCH)/types && $(CURDIR)/$(PY) -m mypy --config-file $(CURDIR)/pyproject.toml \
+		--python-executable $(CURDIR)/$(PY) --cache-dir $(CURDIR)/.mypy_cache -p objectcompose
+
+# The wheel goes into an empty venv first; only then does that venv learn where .venv's packages are, by a .pth line
+# (a .pth inside a folder added so is not read, so the editable install stays invisible).
+build-check: $(STAMP) hub-files-check
+	@rm -rf build dist
+	@mkdir -p $(SCRATCH)
+	$(PY) -m build --no-isolation --outdir dist . > $(SCRATCH)/build.log 2>&1 || { cat $(SCRATCH)/build.log; exit 1; }
+	$(PY) -m venv --without-pip $(SCRATCH)/venv
+	@$(PY) -m pip --quiet --disable-pip-version-check --python $(SCRATCH)/venv/bin/python install --no-deps --no-index \
+		dist/*.whl
+	@$(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" > $(SCRATCH)/packages.pth
+	@cp $(SCRATCH)/packages.pth \
+		"$$($(SCRATCH)/venv/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/packages.pth"
+	$(SCRATCH)/venv/bin/python -P tests/package/check_wheel.py .
+
+hub-files: $(STAMP)  ## one self-contained file per pipeline, for custom_pipeline= without the package
+	$(PY) -P -m objectcompose.pipelines.hub
+
+hub-files-check: $(STAMP)
+	$(PY) -P -m objectcompose.pipelines.hub --check
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do \
+		name=$$(basename $$script .py); \
+		case $$name in measure|__init__) continue;; esac; \
+		echo "benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
+	done
+
+verify-results: $(STAMP)
+	$(PY) -m objectcompose.evaluation.verify
+
+toybox: $(STAMP)  ## trains the embedded world: PRESET=cpu takes hours, PRESET=gpu minutes
+	$(PY) -P -m objectcompose.training.train_toybox --preset $(PRESET)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What trains: adapters hold weights and turn conditions into tensors for the attention core."""

@@ -1,0 +1,172 @@
+"""Probe parts: what a layer attends to, written down while it runs.
+
+`TokenMapProbe` gives the attention of every cell to chosen text tokens (cross-attention): exact columns of the
+softmax, in float32, from the logits of the 77 or so keys. `RegionMassProbe` gives the attention of every cell to
+regions of the picture (self-attention): a second fused call whose values are the regions' indicators, so that no
+table of all pairs of cells exists. The indicators are padded to the width of a head, because a kernel that
+materialises is chosen for other widths.
+
+Results are assigned under the layer's name, never appended: gradient checkpointing runs a layer twice. They are
+differentiable. Masks of the same layer are in force; a cell that sees no key has zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from objectcompose.attention_processors.mask import region_weights
+from objectcompose.attention_processors.processor import AttentionCall
+from objectcompose.errors import ObjectComposeError, PromptTooLongError, RegionError
+
+
+class TokenMapProbe:
+    """Attention of every cell to chosen tokens of the prompt.
+
+    Args:
+        token_indices: positions in the encoded prompt (BOS = 0), one list for all batch rows or one list per measured
+            row; shorter lists are padded, a padded column is 0.
+        layers: which cross-attention layers, a regex or a list of names.
+        head_mean: mean over the heads, or every head.
+        rows: the batch rows to measure, such as the conditional half; None is all.
+
+    Attributes:
+        maps: layer name to probabilities in [0, 1], float32 `(rows, HW, T)`, or `(rows, heads, HW, T)` per head.
+
+    Raises:
+        ObjectComposeError: no token is given, or a position is negative.
+    """
+
+    kind = "probe"
+    attention = "cross"
+
+    def __init__(
+        self,
+        token_indices: Sequence[int] | Sequence[Sequence[int]],
+        layers: str | Sequence[str] = r"attn2$",
+        head_mean: bool = True,
+        rows: slice | None = None,
+    ):
+        per_row = [list(row) if isinstance(row, Sequence) else [int(row)] for row in token_indices]
+        self._is_shared = all(not isinstance(row, Sequence) for row in token_indices)
+        if self._is_shared:
+            per_row = [[index for row in per_row for index in row]]
+        width = max((len(row) for row in per_row), default=0)
+        if width == 0 or any(index < 0 for row in per_row for index in row):
+            raise ObjectComposeError(f"`token_indices` must hold positions from 0 on, got {token_indices!r}.")
+        self._indices = torch.tensor([row + [0] * (width - len(row)) for row in per_row])  # (rows | 1, T)
+        self._is_token = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in per_row])
+        self._last_index = max(index for row in per_row for index in row)
+        self._has_padding = any(len(row) < width for row in per_row)
+        self.token_indices = token_indices
+        self.layers = layers
+        self.head_mean = head_mean
+        self.rows = rows
+        self.maps: dict[str, torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget what was measured, and the graph behind it."""
+        self.maps.clear()
+
+    def measure(self, call: AttentionCall) -> None:
+        """Store this call's columns.
+
+        Raises:
+            PromptTooLongError: a position lies beyond the text states.
+            ObjectComposeError: there is one list per row, but not as many as measured rows.
+        """
+        num_keys = call.key.shape[2]
+        if self._last_index >= num_keys:
+            raise PromptTooLongError(
+                f"`token_indices` names position {self._last_index}, the text states have {num_keys} positions."
+            )
+        with torch.autocast(call.query.device.type, enabled=False):
+            logits, sees_any = call.select(self.rows).logits()  # (rows, heads, HW, K)
+            if not self._is_shared and logits.shape[0] != self._indices.shape[0]:
+                raise ObjectComposeError(
+                    f"`token_indices` has lists for {self._indices.shape[0]} rows, measured are {logits.shape[0]}."
+                )
+            self._indices = self._indices.to(logits.device)  # stays there: one copy per device, not per layer and step
+            indices = self._indices[:, None, None, :].expand(*logits.shape[:3], -1)
+            columns = logits.gather(-1, indices)
+            maps = (columns - logits.logsumexp(-1, keepdim=True)).exp()
+            if sees_any is not None:
+                maps = torch.where(sees_any, maps, torch.zeros_like(maps))
+            if self._has_padding:
+                maps = maps * self._is_token.to(maps.device)[:, None, None, :]
+            self.maps[call.name] = maps.mean(1) if self.head_mean else maps
+
+
+class RegionMassProbe:
+    """Attention mass of every cell on regions of the picture (self-attention).
+
+    Args:
+        regions: as for `region_weights`, `(R, h, w)` or one set per measured row; values in [0, 1].
+        layers: which self-attention layers, a regex or a list of names.
+        head_mean: mean over the heads (axis kept, length 1), or every head.
+        rows: the batch rows to measure; None is all.
+
+    Attributes:
+        mass: layer name to the share of a cell's attention that falls into each region, float32 `(rows, heads | 1,
+            HW, R)`.
+    """
+
+    kind = "probe"
+    attention = "self"
+
+    def __init__(
+        self,
+        regions: Any,
+        layers: str | Sequence[str] = r"attn1$",
+        head_mean: bool = True,
+        rows: slice | None = None,
+    ):
+        self._regions = regions
+        self.layers = layers
+        self.head_mean = head_mean
+        self.rows = rows
+        self.mass: dict[str, torch.Tensor] = {}
+        self._indicators: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    @property
+    def regions(self) -> Any:
+        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: Any) -> None:
+        self._regions = regions
+        self._indicators = {}
+
+    def clear(self) -> None:
+        """Forget what was measured, and the graph behind it."""
+        self.mass.clear()
+
+    def measure(self, call: AttentionCall) -> None:
+        """Store this call's mass.
+
+        Raises:
+            RegionError: the regions do not fit the grid or the measured rows.
+        """
+        measured = call.select(self.rows)
+        indicators = self._values(measured)  # (rows | 1, 1, K, R)
+        batch_size, heads, _, width = measured.query.shape
+        pieces = []
+        for values in indicators.to(measured.query.dtype).split(width, dim=-1):
+            padded = F.pad(values, (0, width - values.shape[-1])).expand(batch_size, heads, -1, -1)
+            mass = measured.attend(padded)[..., : values.shape[-1]].float()
+            pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
+        self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def _values(self, call: AttentionCall) -> torch.Tensor:
+        num_keys, device = call.key.shape[2], call.query.device
+        if (num_keys, device) not in self._indicators:
+            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
+            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
+        values = self._indicators[num_keys, device]
+        if values.shape[0] not in (1, call.batch_size):
+            raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
+        return values

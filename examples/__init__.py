@@ -1,0 +1,1 @@
+"""One script per method, each ending in a saved picture."""

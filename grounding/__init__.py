@@ -1,0 +1,1 @@
+"""From phrases and pictures to boxes and masks."""

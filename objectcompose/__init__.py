@@ -1,0 +1,79 @@
+"""objectcompose: diffusers pipelines that compose several objects in one picture.
+
+Public names are loaded on first use, so `import objectcompose` costs nothing and every room may import the vocabulary
+(`objectcompose.errors`, `objectcompose.layout`) without starting an import circle.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from objectcompose.attention_processors.branch import Branch as Branch
+    from objectcompose.attention_processors.install import match_layers as match_layers
+    from objectcompose.attention_processors.install import use_parts as use_parts
+    from objectcompose.attention_processors.mask import KeyMask as KeyMask
+    from objectcompose.attention_processors.probe import RegionMassProbe as RegionMassProbe
+    from objectcompose.attention_processors.probe import TokenMapProbe as TokenMapProbe
+    from objectcompose.attention_processors.regions import rasterize as rasterize
+    from objectcompose.errors import CheckpointError as CheckpointError
+    from objectcompose.errors import ImageInputError as ImageInputError
+    from objectcompose.errors import LayerNotFoundError as LayerNotFoundError
+    from objectcompose.errors import LayoutError as LayoutError
+    from objectcompose.errors import MissingFieldError as MissingFieldError
+    from objectcompose.errors import NonFiniteError as NonFiniteError
+    from objectcompose.errors import ObjectComposeError as ObjectComposeError
+    from objectcompose.errors import PartConflictError as PartConflictError
+    from objectcompose.errors import PhraseNotFoundError as PhraseNotFoundError
+    from objectcompose.errors import PromptTooLongError as PromptTooLongError
+    from objectcompose.errors import RegionError as RegionError
+    from objectcompose.layout import Layout as Layout
+    from objectcompose.layout import SceneObject as SceneObject
+    from objectcompose.layout import layout_from_coco as layout_from_coco
+    from objectcompose.layout import load_layout as load_layout
+    from objectcompose.layout import save_layout as save_layout
+    from objectcompose.pipelines.pipeline_output import ComposeOutput as ComposeOutput
+    from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline as TokenComposePipeline
+
+# name -> module that defines it; the same names as above (tests/package compares the two)
+_PUBLIC = {
+    "Branch": "objectcompose.attention_processors.branch",
+    "CheckpointError": "objectcompose.errors",
+    "ComposeOutput": "objectcompose.pipelines.pipeline_output",
+    "ImageInputError": "objectcompose.errors",
+    "KeyMask": "objectcompose.attention_processors.mask",
+    "LayerNotFoundError": "objectcompose.errors",
+    "Layout": "objectcompose.layout",
+    "LayoutError": "objectcompose.errors",
+    "MissingFieldError": "objectcompose.errors",
+    "NonFiniteError": "objectcompose.errors",
+    "ObjectComposeError": "objectcompose.errors",
+    "PartConflictError": "objectcompose.errors",
+    "PhraseNotFoundError": "objectcompose.errors",
+    "PromptTooLongError": "objectcompose.errors",
+    "RegionError": "objectcompose.errors",
+    "RegionMassProbe": "objectcompose.attention_processors.probe",
+    "SceneObject": "objectcompose.layout",
+    "TokenComposePipeline": "objectcompose.pipelines.pipeline_token_compose",
+    "TokenMapProbe": "objectcompose.attention_processors.probe",
+    "layout_from_coco": "objectcompose.layout",
+    "load_layout": "objectcompose.layout",
+    "match_layers": "objectcompose.attention_processors.install",
+    "rasterize": "objectcompose.attention_processors.regions",
+    "save_layout": "objectcompose.layout",
+    "use_parts": "objectcompose.attention_processors.install",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

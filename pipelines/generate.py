@@ -1,0 +1,146 @@
+"""`objectcompose generate`: a prompt, or a layout file, to PNG files.
+
+    objectcompose generate --prompt "a photo of a dog and a cup" --out outputs/dog.png
+    objectcompose generate --layout scene.json --attention --num-images 2 --out outputs/scene.png
+
+Without `--model` the small model that comes with the repository paints the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
+from objectcompose.layout import SceneObject, load_layout
+from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
+from objectcompose.pipelines.plot import overlay_output, save_png
+from objectcompose.toybox.weights import toybox_path
+
+
+HELP = "Make pictures from a prompt or a layout file."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="what the picture shows")
+    source.add_argument("--layout", type=Path, metavar="FILE.json", help="prompt and objects as layout JSON")
+    parser.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="with --prompt: a phrase of it to show attention for; may be repeated",
+    )
+    parser.add_argument("--negative-prompt", help="what to steer away from")
+    parser.add_argument("--model", help="folder or Hub id of a Stable Diffusion 1.x/2.x checkpoint; default: toybox")
+    parser.add_argument("--out", type=Path, default=Path("outputs/generate.png"), help="PNG to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others count up (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (%(default)s)")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures to make (%(default)s)")
+    parser.add_argument("--height", type=int, help="in pixels; default: the model's")
+    parser.add_argument("--width", type=int, help="in pixels; default: the model's")
+    parser.add_argument("--device", help="such as cpu or cuda; default: cuda if there is one")
+    parser.add_argument(
+        "--attention", action="store_true", help="also write an overlay of each phrase's attention beside the picture"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Returns:
+        0; input that cannot be used raises.
+
+    Raises:
+        ObjectComposeError: bad arguments, layout or checkpoint; nothing was written then.
+    """
+    prompt, objects = _read_scene(args)
+    if args.attention and not objects:
+        raise LayoutError("`--attention` needs `--phrase`, or a layout with objects.")
+    if args.num_images < 1:
+        raise ObjectComposeError(f"`--num-images` must be at least 1, got {args.num_images}.")
+    if not 0 <= args.seed < 2**63 - args.num_images:
+        raise ObjectComposeError(f"`--seed` must be a whole number from 0 on, below 2**63, got {args.seed}.")
+    if args.out.suffix.lower() != ".png":
+        raise ObjectComposeError(f"`--out` must end in .png, got {str(args.out)!r}.")
+    pipeline = load_checkpoint(args.model, args.device)
+    generators = [torch.Generator("cpu").manual_seed(args.seed + index) for index in range(args.num_images)]
+    output = pipeline(
+        prompt,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        num_images_per_prompt=args.num_images,
+        generator=generators,
+        objects=objects or None,
+        return_attention=args.attention,
+    )
+    overlays = overlay_output(output) if args.attention else [{} for _ in output.images]
+    for index, (image, by_label) in enumerate(zip(output.images, overlays, strict=True)):
+        target = args.out if len(output.images) == 1 else args.out.with_stem(f"{args.out.stem}_{index}")
+        print(save_png(image, target))
+        for number, overlay in enumerate(by_label.values()):
+            print(save_png(overlay, target.with_stem(f"{target.stem}_attention_{number}")))
+    return 0
+
+
+def _read_scene(args: argparse.Namespace) -> tuple[str, list[SceneObject]]:
+    if args.layout is None:
+        return args.prompt, [SceneObject(phrase=phrase) for phrase in args.phrase]
+    if args.phrase:
+        raise LayoutError("`--phrase` goes with `--prompt`; a layout names its own phrases.")
+    layout = load_layout(args.layout)
+    return layout.prompt, list(layout.objects)
+
+
+def load_checkpoint(model: str | None = None, device: str | None = None) -> TokenComposePipeline:
+    """A pipeline from a folder or Hub id, or from toybox.
+
+    Args:
+        model: folder or Hub id; None stands for the toybox base.
+        device: where to run; None stands for "cuda" where there is one, else "cpu".
+
+    Raises:
+        CheckpointError: there is no usable Stable Diffusion checkpoint.
+        ObjectComposeError: the device cannot be used.
+    """
+    source = str(toybox_path("base")) if model is None else model
+    looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
+    if looks_local and not (Path(source).expanduser() / "model_index.json").is_file():
+        raise CheckpointError(f"`--model` {source!r} is no checkpoint folder: it has no model_index.json.")
+    try:
+        with _without_component_notes():
+            pipeline = TokenComposePipeline.from_pretrained(str(Path(source).expanduser()) if looks_local else source)
+    except ObjectComposeError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"`--model` {source!r} cannot be loaded: {first_line}") from error
+    missing = [
+        name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipeline, name) is None
+    ]
+    if missing:
+        raise CheckpointError(f"`--model` {source!r} lacks {', '.join(missing)}.")
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return pipeline.to(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ObjectComposeError(f"`--device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _without_component_notes() -> Any:
+    """Quiet the libraries' notes about their own defaults while a checkpoint loads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -1,0 +1,2975 @@
+# Generated from objectcompose.pipelines.pipeline_token_compose by `make hub-files`: change the sources, not this file.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.pipeline_token_compose.
+# SPDX-License-Identifier: Apache-2.0
+
+"""TokenComposePipeline: a prompt with several objects to a picture, and where each phrase was looked at.
+
+TokenCompose (Wang et al., 2024, arXiv:2312.03626) fine-tunes the UNet of Stable Diffusion so that the
+cross-attention of a noun's tokens falls on the noun's object. Nothing is added at inference: a TokenCompose
+checkpoint is a Stable Diffusion checkpoint with another UNet, and so this pipeline samples bit for bit as
+`StableDiffusionPipeline` does, at the same cost. On top of that it finds phrases in the prompt, returns their
+attention maps, and takes attention parts of other methods.
+"""
+
+import PIL.Image
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import numpy as np
+import os
+import re
+import tempfile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL import ImageOps
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import fields
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks
+from diffusers.callbacks import PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin
+from diffusers.loaders import IPAdapterMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.models import AutoencoderKL
+from diffusers.models import ImageProjection
+from diffusers.models import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils import logging
+from diffusers.utils import scale_lora_layers
+from diffusers.utils import unscale_lora_layers
+from diffusers.utils.torch_utils import randn_tensor
+from numbers import Integral
+from numbers import Real
+from packaging import version
+from pathlib import Path
+from transformers import CLIPImageProcessor
+from transformers import CLIPTextModel
+from transformers import CLIPTokenizer
+from transformers import CLIPVisionModelWithProjection
+from typing import Any
+from typing import Literal
+
+
+# --- objectcompose.errors
+
+class ObjectComposeError(ValueError):
+    """Base class of every error that the package raises for input it cannot use."""
+
+
+class LayoutError(ObjectComposeError):
+    """A layout, or one object of it, breaks its schema: broken JSON, a box outside [0, 1], an unknown field."""
+
+
+class PhraseNotFoundError(ObjectComposeError):
+    """A phrase does not occur in the prompt."""
+
+
+class PromptTooLongError(ObjectComposeError):
+    """A prompt, or the place of a phrase in it, lies beyond what the text encoder reads."""
+
+
+class RegionError(ObjectComposeError):
+    """A mask or region has the wrong shape, is empty, or does not fit on the finest grid."""
+
+
+class LayerNotFoundError(ObjectComposeError):
+    """A layer name or pattern matches no attention layer of the model."""
+
+
+class PartConflictError(ObjectComposeError):
+    """Two attention parts, or a part and a processor that is already installed, cannot work together."""
+
+
+class MissingFieldError(ObjectComposeError):
+    """A method needs a field of `SceneObject` that the object does not have."""
+
+
+class CheckpointError(ObjectComposeError):
+    """Weights are missing, corrupt, in an unsafe format, or made for another base model."""
+
+
+class ImageInputError(ObjectComposeError):
+    """A picture cannot be read or has an unusable shape."""
+
+
+class NonFiniteError(ObjectComposeError):
+    """A tensor holds NaN or infinite values where finite ones are required."""
+
+
+# --- objectcompose.attention_processors.mask
+
+def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | str | None" = None) -> "torch.Tensor":
+    """Regions on the grid that has `num_tokens` cells, flattened.
+
+    Args:
+        regions: a float tensor `(N, h, w)` or `(B, N, h, w)` (or already flat, `(N, h*w)` is not accepted: a grid is
+            two axes), a mapping from the number of cells to such a tensor, or an object with `at_tokens(num_tokens)`
+            that returns one. Values in [0, 1], 1 = inside.
+        num_tokens: cells of the attention layer's grid.
+        device: where the result lives; the regions' own device when None.
+
+    Returns:
+        float32 `(B | 1, N, num_tokens)`.
+
+    Raises:
+        RegionError: the regions do not exist on a grid of that many cells, or have the wrong number of axes.
+    """
+    if hasattr(regions, "at_tokens"):
+        grid = regions.at_tokens(num_tokens)
+    elif isinstance(regions, Mapping):
+        if num_tokens not in regions:
+            raise RegionError(f"`regions` has no grid of {num_tokens} cells, only of {sorted(regions)} cells.")
+        grid = regions[num_tokens]
+    else:
+        grid = regions
+    if grid.ndim not in (3, 4):
+        raise RegionError(f"`regions` must have shape (N, h, w) or (B, N, h, w), got {tuple(grid.shape)}.")
+    if grid.shape[-2] * grid.shape[-1] != num_tokens:
+        raise RegionError(
+            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit an attention layer of {num_tokens} cells;"
+            " pass one grid per resolution or an object with `at_tokens`."
+        )
+    flat = grid.flatten(-2).to(device=device, dtype=torch.float32)
+    return flat if flat.ndim == 3 else flat[None]
+
+
+def rows_of_batch(rows: "slice | None", batch_size: "int") -> "range":
+    """The batch rows that a part's `rows` chooses (all of them for None)."""
+    return range(batch_size) if rows is None else range(batch_size)[rows]
+
+
+class GroupedVisibility:
+    """Which keys each query sees, as few groups: query `x` sees key `y` where `visible[labels[x], y]`.
+
+    Args:
+        labels: int64 `(Q,)`, the group of each query.
+        visible: bool `(G, K)`, the keys that a group sees.
+    """
+
+    def __init__(self, labels: "torch.Tensor", visible: "torch.Tensor"):
+        self.labels = labels.detach().cpu()
+        self.visible = visible.detach().cpu()
+        self._plans: "dict[torch.device, tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]]" = {}
+        self._intersections: "dict[int, tuple[GroupedVisibility, GroupedVisibility]]" = {}
+
+    @classmethod
+    def from_regions(cls, members: "torch.Tensor") -> "GroupedVisibility":
+        """The box rule for `members`, bool `(N, Q)`: own regions and background for a region's cell, else everything."""
+        members = members.detach().cpu()
+        patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
+        background_keys = ~members.any(0)  # (Q,)
+        own_keys = (patterns.float() @ members.float()) > 0  # (G, Q)
+        background_group = ~patterns.any(1, keepdim=True)  # (G, 1)
+        return cls(labels, own_keys | background_keys | background_group)
+
+    def intersect(self, other: "GroupedVisibility") -> "GroupedVisibility":
+        """Both at once (AND); kept, since every layer of one resolution asks for the same pair."""
+        known = self._intersections.get(id(other))
+        if known is not None:
+            return known[1]
+        pairs, labels = torch.unique(torch.stack([self.labels, other.labels]), dim=1, return_inverse=True)
+        both = GroupedVisibility(labels, self.visible[pairs[0]] & other.visible[pairs[1]])
+        self._intersections[id(other)] = (other, both)  # holding `other` keeps its id from being used again
+        return both
+
+    def dense(self) -> "torch.Tensor":
+        """The whole table, bool `(Q, K)`; for small grids only."""
+        return self.visible[self.labels]
+
+    def plan(self, device: "torch.device") -> "tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]":
+        """Per group its query indices and key indices (None: all keys), and the order that undoes the grouping."""
+        if device not in self._plans:
+            groups, order = [], []
+            for group, keys in enumerate(self.visible):
+                queries = (self.labels == group).nonzero()[:, 0]
+                if len(queries) == 0:
+                    continue
+                order.append(queries)
+                groups.append((queries.to(device), None if bool(keys.all()) else keys.nonzero()[:, 0].to(device)))
+            self._plans[device] = (groups, torch.argsort(torch.cat(order)).to(device))
+        return self._plans[device]
+
+
+class KeyMask:
+    """A table of visibility for cross-attention.
+
+    Args:
+        visible: bool `(K,)`, `(Q, K)` or `(B, Q, K)`: True where query cell Q may see key K; or a mapping from the
+            number of query cells to such a tensor, or an object with `at_tokens(num_tokens)` returning one.
+        layers: which layers, a regex or a list of names.
+        rows: the batch rows it holds for (such as the conditional half, `slice(1, None)` of two); None is all. Other
+            rows see every key. A 3-D table has one entry per chosen row, or one for all.
+    """
+
+    kind = "mask"
+    attention = "any"
+    gathered = False
+
+    def __init__(self, visible: "Any", layers: "str | Sequence[str]" = r"attn2$", rows: "slice | None" = None):
+        self.visible = visible
+        self.layers = layers
+        self.rows = rows
+
+    def table(self, batch_size: "int", num_tokens: "int", num_keys: "int", device: "torch.device") -> "torch.Tensor":
+        """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
+
+        Raises:
+            RegionError: the table does not fit the layer's queries, keys or batch.
+        """
+        visible = self.visible
+        if hasattr(visible, "at_tokens"):
+            visible = visible.at_tokens(num_tokens)
+        elif isinstance(visible, Mapping):
+            if num_tokens not in visible:
+                raise RegionError(f"`visible` has no table for {num_tokens} query cells, only for {sorted(visible)}.")
+            visible = visible[num_tokens]
+        visible = visible.to(device=device, dtype=torch.bool)
+        while visible.ndim < 3:
+            visible = visible[None]
+        chosen = rows_of_batch(self.rows, batch_size)
+        rows, queries, keys = visible.shape
+        if keys != num_keys or queries not in (1, num_tokens) or rows not in (1, len(chosen)):
+            raise RegionError(
+                f"`visible` must broadcast to ({len(chosen)}, {num_tokens}, {num_keys}) (rows, query cells, keys),"
+                f" got {tuple(visible.shape)}."
+            )
+        if self.rows is None:
+            return visible
+        everywhere = visible.new_ones(batch_size, queries, keys)
+        everywhere[self.rows] = visible
+        return everywhere
+
+
+class RegionKeyMask:
+    """The box rule for self-attention, without a table of all pairs of cells.
+
+    A cell inside regions sees the cells of those regions and the background; a background cell sees every cell.
+    Regions may overlap. A cell belongs to a region where its value is above 0.
+
+    Args:
+        regions: as for `region_weights`; with a batch axis it has one entry per chosen row.
+        layers: which layers, a regex or a list of names.
+        rows: the batch rows it holds for; None is all.
+    """
+
+    kind = "mask"
+    attention = "self"
+    gathered = True
+
+    def __init__(self, regions: "Any", layers: "str | Sequence[str]" = r"attn1$", rows: "slice | None" = None):
+        self._regions = regions
+        self.layers = layers
+        self.rows = rows
+        self._grouped: "dict[int, list[GroupedVisibility]]" = {}
+
+    @property
+    def regions(self) -> "Any":
+        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: "Any") -> "None":
+        self._regions = regions
+        self._grouped = {}
+
+    def groups(self, batch_size: "int", num_tokens: "int") -> "list[GroupedVisibility | None]":
+        """Per batch row what its queries see; None where this mask says nothing.
+
+        Raises:
+            RegionError: the regions do not fit the grid or the batch.
+        """
+        if num_tokens not in self._grouped:
+            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
+            self._grouped[num_tokens] = [GroupedVisibility.from_regions(row) for row in members]
+        grouped = self._grouped[num_tokens]
+        chosen = rows_of_batch(self.rows, batch_size)
+        if len(grouped) not in (1, len(chosen)):
+            raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
+        per_row: "list[GroupedVisibility | None]" = [None] * batch_size
+        for position, row in enumerate(chosen):
+            per_row[row] = grouped[0] if len(grouped) == 1 else grouped[position]
+        return per_row
+
+
+def intersect_row_groups(
+    masks: "Sequence[list[GroupedVisibility | None]]",
+) -> "list[GroupedVisibility | None]":
+    """AND of several masks' groups, row by row."""
+    combined = list(masks[0])
+    for groups in masks[1:]:
+        for row, group in enumerate(groups):
+            if combined[row] is None:
+                combined[row] = group
+            elif group is not None:
+                combined[row] = combined[row].intersect(group)
+    return combined
+
+
+# --- objectcompose.attention_processors.processor
+
+def split_heads(states: "torch.Tensor", heads: "int") -> "torch.Tensor":
+    """`(B, L, C)` to `(B, heads, L, C / heads)`."""
+    return states.unflatten(-1, (heads, states.shape[-1] // heads)).transpose(1, 2)
+
+
+def merge_heads(states: "torch.Tensor") -> "torch.Tensor":
+    """`(B, heads, L, d)` to `(B, L, heads * d)`."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def attend_visible(
+    query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", visible: "torch.Tensor | None"
+) -> "torch.Tensor":
+    """Fused attention under a boolean table; a query that sees no key yields zero.
+
+    Args:
+        query, key, value: `(B, heads, L, d)`.
+        visible: bool, broadcastable to `(B, heads, Q, K)`, or None for everything.
+    """
+    if visible is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    sees_any = visible.any(-1, keepdim=True)
+    # A blind query looks at everything and is zeroed afterwards: kernels disagree on rows without a key (NaN in some).
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees_any)
+    return torch.where(sees_any, attended, torch.zeros((), dtype=attended.dtype, device=attended.device))
+
+
+@dataclass
+class AttentionCall:
+    """One call of one attention layer, as parts see it.
+
+    Attributes:
+        name: the layer, such as `mid_block.attentions.0.transformer_blocks.0.attn2`.
+        is_cross: False for self-attention.
+        query: `(B, heads, Q, d)`, one row per cell of the layer's grid.
+        key: `(B, heads, K, d)`: text tokens, or the cells themselves.
+        bias: additive mask from the model's caller, `(B, heads, 1 | Q, K)`, or None.
+        visible: all tables of mask parts together, bool `(B | 1, 1, 1 | Q, K)`, or None.
+        groups: per batch row what gathered masks let its queries see, or None.
+    """
+
+    name: "str"
+    is_cross: "bool"
+    query: "torch.Tensor"
+    key: "torch.Tensor"
+    bias: "torch.Tensor | None" = None
+    visible: "torch.Tensor | None" = None
+    groups: "list[GroupedVisibility | None] | None" = None
+
+    @property
+    def batch_size(self) -> "int":
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> "int":
+        return self.query.shape[1]
+
+    @property
+    def num_tokens(self) -> "int":
+        """Cells of the layer's grid."""
+        return self.query.shape[2]
+
+    def select(self, rows: "slice | None") -> "AttentionCall":
+        """The same call for some batch rows."""
+        if rows is None:
+            return self
+        visible = self.visible if self.visible is None or self.visible.shape[0] == 1 else self.visible[rows]
+        return AttentionCall(
+            self.name,
+            self.is_cross,
+            self.query[rows],
+            self.key[rows],
+            None if self.bias is None else self.bias[rows],
+            visible,
+            None if self.groups is None else self.groups[rows],
+        )
+
+    def attend(self, value: "torch.Tensor") -> "torch.Tensor":
+        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`; fused."""
+        if self.groups is not None:
+            return self._attend_groups(value)
+        if self.bias is None:
+            return attend_visible(self.query, self.key, value, self.visible)
+        if self.visible is None:
+            return F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=self.bias)
+        sees_any = self.visible.any(-1, keepdim=True)
+        bias = self.bias.masked_fill(~self.visible & sees_any, float("-inf"))
+        attended = F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=bias)
+        return torch.where(sees_any, attended, torch.zeros((), dtype=attended.dtype, device=attended.device))
+
+    def logits(self) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Scaled logits in float32, `(B, heads, Q, K)`, hidden keys at -inf, and which queries see any key (None:
+        all).
+
+        For cross-attention, whose keys are few. A query that sees nothing keeps finite logits; use the second value.
+        """
+        logits = self.query.float() @ self.key.float().transpose(-1, -2) * self.query.shape[-1] ** -0.5
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        if self.visible is None:
+            return logits, None
+        sees_any = self.visible.any(-1, keepdim=True)
+        return logits.masked_fill(~self.visible & sees_any, float("-inf")), sees_any
+
+    def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
+        assert self.groups is not None
+        rows_by_group: "dict[int, list[int]]" = {}
+        for row, group in enumerate(self.groups):
+            rows_by_group.setdefault(id(group), []).append(row)
+        if len(rows_by_group) == 1:
+            return self._attend_rows(value, self.groups[0], None)
+        pieces, order = [], []
+        for rows in rows_by_group.values():
+            index = torch.tensor(rows, device=value.device)
+            pieces.append(self._attend_rows(value, self.groups[rows[0]], index))
+            order.extend(rows)
+        undo = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(pieces).index_select(0, torch.tensor(undo, device=value.device))
+
+    def _attend_rows(
+        self, value: "torch.Tensor", group: "GroupedVisibility | None", rows: "torch.Tensor | None"
+    ) -> "torch.Tensor":
+        tensors = (self.query, self.key, value, self.bias)
+        if rows is not None:
+            tensors = tuple(None if x is None else x.index_select(0, rows) for x in tensors)
+        query, key, value, bias = tensors
+        if group is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        plan, undo = group.plan(query.device)
+        pieces = []
+        for queries, keys in plan:
+            some_query = query.index_select(2, queries)
+            if keys is not None and len(keys) == 0:
+                pieces.append(some_query.new_zeros(*some_query.shape[:-1], value.shape[-1]))
+                continue
+            some_key, some_value, some_bias = key, value, bias
+            if bias is not None and bias.shape[-2] > 1:
+                some_bias = bias.index_select(2, queries)
+            if keys is not None:
+                some_key, some_value = key.index_select(2, keys), value.index_select(2, keys)
+                some_bias = None if some_bias is None else some_bias.index_select(3, keys)
+            pieces.append(F.scaled_dot_product_attention(some_query, some_key, some_value, attn_mask=some_bias))
+        return torch.cat(pieces, dim=2).index_select(2, undo)
+
+
+class _BareAttentionView:
+    """An attention module as a kept processor sees it: input already normalised, output not yet projected.
+
+    The kept processor's own `to_out`, residual and rescaling are left to the composed processor, so that branches act
+    before the output projection.
+    """
+
+    group_norm = None
+    spatial_norm = None
+    residual_connection = False
+    rescale_output_factor = 1.0
+
+    def __init__(self, attn: "Any"):
+        self._attn = attn
+        self.to_out = (_same_states, _same_states)
+
+    def __getattr__(self, name: "str") -> "Any":
+        return getattr(self._attn, name)
+
+
+def _same_states(states: "torch.Tensor") -> "torch.Tensor":
+    return states
+
+
+class ComposedAttnProcessor:
+    """Attention of one layer with its parts.
+
+    Args:
+        name: the layer's name, under which probes store.
+        parts: masks, branches and probes of this layer; with none the layer computes what `AttnProcessor2_0` does.
+        original: a processor that is kept and called for the layer's own attention (IP-Adapter's); None computes it
+            here.
+    """
+
+    def __init__(self, name: "str" = "", parts: "Sequence[Any]" = (), original: "Any" = None):
+        self.name = name
+        self.composed_parts = tuple(parts)
+        self.original = original
+        self._masks = tuple(part for part in self.composed_parts if part.kind == "mask")
+        self._branches = tuple(part for part in self.composed_parts if part.kind == "branch")
+        self._probes = tuple(part for part in self.composed_parts if part.kind == "probe")
+
+    def __call__(
+        self,
+        attn: "Any",
+        hidden_states: "torch.Tensor",
+        encoder_hidden_states: "torch.Tensor | tuple | None" = None,
+        attention_mask: "torch.Tensor | None" = None,
+        temb: "torch.Tensor | None" = None,
+        ip_adapter_masks: "Any" = None,
+    ) -> "torch.Tensor":
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, HW, C)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        call, value = self._project(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if self.original is None:
+            attended = merge_heads(call.attend(value))
+        else:
+            attended = self._attend_kept(
+                attn, call, value, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks
+            )
+        attended = attended.to(call.query.dtype)
+        for probe in self._probes:
+            probe.measure(call)
+        if self._branches:
+            attended = self._add_branches(attended, call)
+
+        hidden_states = attn.to_out[1](attn.to_out[0](attended))
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _project(
+        self, attn: "Any", hidden_states: "torch.Tensor", encoder_hidden_states: "Any", attention_mask: "torch.Tensor | None"
+    ) -> "tuple[AttentionCall, torch.Tensor]":
+        is_cross = encoder_hidden_states is not None
+        key_states = self._text_states(encoder_hidden_states) if is_cross else hidden_states
+        bias = None
+        if attention_mask is not None:
+            batch_size, num_keys = key_states.shape[:2]
+            bias = attn.prepare_attention_mask(attention_mask, num_keys, batch_size)
+            bias = bias.view(batch_size, attn.heads, -1, bias.shape[-1])
+        if is_cross and attn.norm_cross:
+            key_states = attn.norm_encoder_hidden_states(key_states)
+        # The modules are called, never their weights: LoRA wraps the module.
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        key = split_heads(attn.to_k(key_states), attn.heads)
+        value = split_heads(attn.to_v(key_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        call = AttentionCall(self.name, is_cross, query, key, bias)
+        self._apply_masks(call)
+        return call, value
+
+    def _text_states(self, encoder_hidden_states: "Any") -> "torch.Tensor":
+        if isinstance(encoder_hidden_states, tuple):  # (text, image embeddings): diffusers' form with an IP-Adapter
+            return encoder_hidden_states[0]
+        if self.original is not None:  # the older form, image tokens appended to the text
+            return encoder_hidden_states[:, : encoder_hidden_states.shape[1] - self.original.num_tokens[0]]
+        return encoder_hidden_states
+
+    def _apply_masks(self, call: "AttentionCall") -> "None":
+        tables, groups = [], []
+        for mask in self._masks:
+            if mask.gathered:
+                groups.append(mask.groups(call.batch_size, call.num_tokens))
+            else:
+                tables.append(
+                    mask.table(call.batch_size, call.num_tokens, call.key.shape[2], call.query.device)[:, None]
+                )
+        if groups:
+            call.groups = intersect_row_groups(groups)
+            if tables:  # a table was asked for on this layer, so the groups join it
+                rows = [
+                    torch.ones(call.num_tokens, call.key.shape[2], dtype=torch.bool)
+                    if group is None
+                    else group.dense()
+                    for group in call.groups
+                ]
+                tables.append(torch.stack(rows)[:, None].to(call.query.device))
+                call.groups = None
+        for table in tables:
+            call.visible = table if call.visible is None else call.visible & table
+
+    def _attend_kept(
+        self,
+        attn: "Any",
+        call: "AttentionCall",
+        value: "torch.Tensor",
+        hidden_states: "torch.Tensor",
+        encoder_hidden_states: "Any",
+        attention_mask: "torch.Tensor | None",
+        temb: "torch.Tensor | None",
+        ip_adapter_masks: "Any",
+    ) -> "torch.Tensor":
+        kept = self.original(
+            _BareAttentionView(attn),
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            temb=temb,
+            ip_adapter_masks=ip_adapter_masks,
+        )
+        if call.visible is None and call.groups is None:
+            return kept
+        # Masks are about the text keys; the image part of the kept processor stays as it is.
+        unmasked = AttentionCall(call.name, call.is_cross, call.query, call.key, call.bias)
+        return kept + merge_heads(call.attend(value)) - merge_heads(unmasked.attend(value))
+
+    def _add_branches(self, attended: "torch.Tensor", call: "AttentionCall") -> "torch.Tensor":
+        replacing = [branch for branch in self._branches if branch.mode == "replace"]
+        if len(replacing) > 1:
+            replacing[0].refuse_overlap(replacing, call)
+        for branch in replacing:
+            attended = branch.replace_in(attended, call)
+        for branch in self._branches:
+            if branch.mode == "add":
+                attended = branch.add_to(attended, call)
+        return attended
+
+
+# --- objectcompose.attention_processors.install
+
+# By name, not by class: some exist only in some diffusers versions, and a subclass may compute something else.
+PLAIN_PROCESSOR_NAMES = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+)
+KEPT_PROCESSOR_NAMES = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
+_KEPT_MODULE_NAME = "kept_processor"
+
+
+def plain_unet(unet: "Any") -> "Any":
+    """The diffusers model inside compile, data-parallel and PEFT wrappers."""
+    while True:
+        if hasattr(unet, "_orig_mod"):
+            unet = unet._orig_mod
+        elif isinstance(unet, torch.nn.parallel.DistributedDataParallel):
+            unet = unet.module
+        elif hasattr(unet, "get_base_model"):
+            unet = unet.get_base_model()
+        else:
+            return unet
+
+
+def attention_layers(unet: "Any") -> "dict[str, Any]":
+    """Name to module of every attention layer, in the model's own order (which is not call order)."""
+    return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
+
+
+def match_layers(unet: "Any", layers: "str | Sequence[str]", kind: "Literal['self', 'cross'] | None" = None) -> "list[str]":
+    """Names of the attention layers that `layers` chooses.
+
+    Args:
+        unet: a model with diffusers attention layers.
+        layers: a regex, searched in names such as `mid_block.attentions.0.transformer_blocks.0.attn2`, or a list of
+            such names (with or without `.processor` at the end).
+        kind: only layers of self- or of cross-attention; None is both.
+
+    Raises:
+        LayerNotFoundError: the pattern is no regex or chooses nothing, or a name does not exist.
+    """
+    modules = attention_layers(unet)
+    candidates = [name for name, module in modules.items() if kind is None or _is_cross(module) == (kind == "cross")]
+    which = "attention" if kind is None else f"{kind}-attention"
+    if isinstance(layers, str):
+        try:
+            chosen = [name for name in candidates if re.search(layers, name)]
+        except re.error as error:
+            raise LayerNotFoundError(f"`layers` is not a regular expression ({error}): {layers!r}.") from error
+        if not chosen:
+            example = candidates[0] if candidates else "none"
+            raise LayerNotFoundError(
+                f"`layers` {layers!r} matches none of the {len(candidates)} {which} layers of the model,"
+                f" which have names like {example}."
+            )
+        return chosen
+    chosen = [name.removesuffix(".processor") for name in layers]
+    if not chosen:
+        raise LayerNotFoundError("`layers` must name at least one layer, got an empty list.")
+    for name in chosen:
+        if name not in candidates:
+            close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.0)
+            raise LayerNotFoundError(
+                f"`layers` names {name!r}, which is no {which} layer of the model; closest: {close}."
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def _is_cross(module: "Any") -> "bool":
+    return bool(getattr(module, "is_cross_attention", False))
+
+
+def layers_of_parts(unet: "Any", parts: "Sequence[Any]") -> "dict[str, tuple[Any, ...]]":
+    """Layer name to the parts that act on it, in the order given.
+
+    Raises:
+        LayerNotFoundError: a part's pattern matches nothing, or it lacks keys and values for a layer.
+        ObjectComposeError: something that is no part.
+    """
+    by_layer: "dict[str, list[Any]]" = {}
+    for part in parts:
+        if getattr(part, "kind", None) not in ("mask", "branch", "probe"):
+            raise ObjectComposeError(f"`parts` must hold masks, branches and probes, got {type(part).__name__}.")
+        attention = getattr(part, "attention", "any")
+        names = match_layers(unet, part.layers, None if attention == "any" else attention)
+        if hasattr(part, "check_layers"):
+            part.check_layers(names)
+        for name in names:
+            by_layer.setdefault(name, []).append(part)
+    return {name: tuple(chosen) for name, chosen in by_layer.items()}
+
+
+@contextmanager
+def use_parts(unet: "Any", parts: "Sequence[Any]") -> "Iterator[Mapping[str, tuple[Any, ...]]]":
+    """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
+
+    Without parts nothing is installed. Blocks may be nested: the inner one adds its parts to those of the outer one.
+
+    Args:
+        unet: a diffusers UNet, also compiled or with LoRA layers.
+        parts: masks, branches and probes; see the modules of this package.
+
+    Yields:
+        Layer name to the parts on it.
+
+    Raises:
+        LayerNotFoundError: a part chooses no layer.
+        PartConflictError: a layer has a processor that can neither be replaced nor kept.
+    """
+    parts = tuple(parts)
+    if not parts:
+        yield {}
+        return
+    by_layer = layers_of_parts(unet, parts)
+    modules = attention_layers(unet)
+    originals = {name: modules[name].processor for name in by_layer}
+    composed = {name: _compose_processor(name, chosen, originals[name]) for name, chosen in by_layer.items()}
+    try:
+        for name, processor in composed.items():
+            _exchange_processor(modules[name], processor)
+        yield by_layer
+    finally:
+        for name, processor in originals.items():
+            _exchange_processor(modules[name], processor)
+
+
+def _compose_processor(name: "str", parts: "tuple[Any, ...]", current: "Any") -> "ComposedAttnProcessor":
+    if hasattr(current, "composed_parts"):  # ours, of an outer block
+        return ComposedAttnProcessor(name, (*current.composed_parts, *parts), current.original)
+    class_name = type(current).__name__
+    if type(current).__module__.split(".")[0] == "diffusers":
+        if class_name in PLAIN_PROCESSOR_NAMES:
+            return ComposedAttnProcessor(name, parts)
+        if class_name in KEPT_PROCESSOR_NAMES:
+            return ComposedAttnProcessor(name, parts, current)
+    raise PartConflictError(
+        f"layer {name} has the processor {class_name}, which can neither be replaced nor kept; set another one first,"
+        " such as with `unet.set_attn_processor(AttnProcessor2_0())`."
+    )
+
+
+def _exchange_processor(module: "Any", processor: "Any") -> "None":
+    """Set a processor; one that is a module and is kept by the new one stays in the tree, so offloading still moves it."""
+    if _KEPT_MODULE_NAME in module._modules:
+        del module._modules[_KEPT_MODULE_NAME]
+    if "processor" in module._modules:
+        del module._modules["processor"]
+    kept = getattr(processor, "original", None)
+    if isinstance(kept, torch.nn.Module):
+        module.add_module(_KEPT_MODULE_NAME, kept)
+    module.set_processor(processor)
+
+
+# --- objectcompose.attention_processors.probe
+
+class TokenMapProbe:
+    """Attention of every cell to chosen tokens of the prompt.
+
+    Args:
+        token_indices: positions in the encoded prompt (BOS = 0), one list for all batch rows or one list per measured
+            row; shorter lists are padded, a padded column is 0.
+        layers: which cross-attention layers, a regex or a list of names.
+        head_mean: mean over the heads, or every head.
+        rows: the batch rows to measure, such as the conditional half; None is all.
+
+    Attributes:
+        maps: layer name to probabilities in [0, 1], float32 `(rows, HW, T)`, or `(rows, heads, HW, T)` per head.
+
+    Raises:
+        ObjectComposeError: no token is given, or a position is negative.
+    """
+
+    kind = "probe"
+    attention = "cross"
+
+    def __init__(
+        self,
+        token_indices: "Sequence[int] | Sequence[Sequence[int]]",
+        layers: "str | Sequence[str]" = r"attn2$",
+        head_mean: "bool" = True,
+        rows: "slice | None" = None,
+    ):
+        per_row = [list(row) if isinstance(row, Sequence) else [int(row)] for row in token_indices]
+        self._is_shared = all(not isinstance(row, Sequence) for row in token_indices)
+        if self._is_shared:
+            per_row = [[index for row in per_row for index in row]]
+        width = max((len(row) for row in per_row), default=0)
+        if width == 0 or any(index < 0 for row in per_row for index in row):
+            raise ObjectComposeError(f"`token_indices` must hold positions from 0 on, got {token_indices!r}.")
+        self._indices = torch.tensor([row + [0] * (width - len(row)) for row in per_row])  # (rows | 1, T)
+        self._is_token = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in per_row])
+        self._last_index = max(index for row in per_row for index in row)
+        self._has_padding = any(len(row) < width for row in per_row)
+        self.token_indices = token_indices
+        self.layers = layers
+        self.head_mean = head_mean
+        self.rows = rows
+        self.maps: "dict[str, torch.Tensor]" = {}
+
+    def clear(self) -> "None":
+        """Forget what was measured, and the graph behind it."""
+        self.maps.clear()
+
+    def measure(self, call: "AttentionCall") -> "None":
+        """Store this call's columns.
+
+        Raises:
+            PromptTooLongError: a position lies beyond the text states.
+            ObjectComposeError: there is one list per row, but not as many as measured rows.
+        """
+        num_keys = call.key.shape[2]
+        if self._last_index >= num_keys:
+            raise PromptTooLongError(
+                f"`token_indices` names position {self._last_index}, the text states have {num_keys} positions."
+            )
+        with torch.autocast(call.query.device.type, enabled=False):
+            logits, sees_any = call.select(self.rows).logits()  # (rows, heads, HW, K)
+            if not self._is_shared and logits.shape[0] != self._indices.shape[0]:
+                raise ObjectComposeError(
+                    f"`token_indices` has lists for {self._indices.shape[0]} rows, measured are {logits.shape[0]}."
+                )
+            self._indices = self._indices.to(logits.device)  # stays there: one copy per device, not per layer and step
+            indices = self._indices[:, None, None, :].expand(*logits.shape[:3], -1)
+            columns = logits.gather(-1, indices)
+            maps = (columns - logits.logsumexp(-1, keepdim=True)).exp()
+            if sees_any is not None:
+                maps = torch.where(sees_any, maps, torch.zeros_like(maps))
+            if self._has_padding:
+                maps = maps * self._is_token.to(maps.device)[:, None, None, :]
+            self.maps[call.name] = maps.mean(1) if self.head_mean else maps
+
+
+class RegionMassProbe:
+    """Attention mass of every cell on regions of the picture (self-attention).
+
+    Args:
+        regions: as for `region_weights`, `(R, h, w)` or one set per measured row; values in [0, 1].
+        layers: which self-attention layers, a regex or a list of names.
+        head_mean: mean over the heads (axis kept, length 1), or every head.
+        rows: the batch rows to measure; None is all.
+
+    Attributes:
+        mass: layer name to the share of a cell's attention that falls into each region, float32 `(rows, heads | 1,
+            HW, R)`.
+    """
+
+    kind = "probe"
+    attention = "self"
+
+    def __init__(
+        self,
+        regions: "Any",
+        layers: "str | Sequence[str]" = r"attn1$",
+        head_mean: "bool" = True,
+        rows: "slice | None" = None,
+    ):
+        self._regions = regions
+        self.layers = layers
+        self.head_mean = head_mean
+        self.rows = rows
+        self.mass: "dict[str, torch.Tensor]" = {}
+        self._indicators: "dict[tuple[int, torch.device], torch.Tensor]" = {}
+
+    @property
+    def regions(self) -> "Any":
+        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: "Any") -> "None":
+        self._regions = regions
+        self._indicators = {}
+
+    def clear(self) -> "None":
+        """Forget what was measured, and the graph behind it."""
+        self.mass.clear()
+
+    def measure(self, call: "AttentionCall") -> "None":
+        """Store this call's mass.
+
+        Raises:
+            RegionError: the regions do not fit the grid or the measured rows.
+        """
+        measured = call.select(self.rows)
+        indicators = self._values(measured)  # (rows | 1, 1, K, R)
+        batch_size, heads, _, width = measured.query.shape
+        pieces = []
+        for values in indicators.to(measured.query.dtype).split(width, dim=-1):
+            padded = F.pad(values, (0, width - values.shape[-1])).expand(batch_size, heads, -1, -1)
+            mass = measured.attend(padded)[..., : values.shape[-1]].float()
+            pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
+        self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def _values(self, call: "AttentionCall") -> "torch.Tensor":
+        num_keys, device = call.key.shape[2], call.query.device
+        if (num_keys, device) not in self._indicators:
+            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
+            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
+        values = self._indicators[num_keys, device]
+        if values.shape[0] not in (1, call.batch_size):
+            raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
+        return values
+
+
+# --- objectcompose.pipelines.pipeline_output
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """What a pipeline made of one object of one picture.
+
+    Attributes:
+        phrase: the object's phrase as given, or None.
+        label: the name under which `ComposeOutput.attention` lists it: the phrase, with " #2", " #3" ... for repeats.
+        token_indices: positions of the phrase in the encoded prompt; the start token is 0.
+        box: the object's place, xyxy in fractions of width and height, or None where none is known.
+        unused: fields of the object that were given and that this pipeline cannot use.
+    """
+
+    phrase: "str | None" = None
+    label: "str" = ""
+    token_indices: "tuple[int, ...]" = ()
+    box: "tuple[float, float, float, float] | None" = None
+    unused: "tuple[str, ...]" = ()
+
+
+@dataclass
+class ComposeOutput(BaseOutput):
+    """Output of every pipeline of the package.
+
+    Attributes:
+        images: list of B PIL images; or an array `(B, H, W, 3)` in [0, 1]; or a tensor `(B, 3, H, W)` in [0, 1]; or
+            latents `(B, C, h, w)`, as `output_type` says. B counts pictures: prompts times `num_images_per_prompt`.
+        nsfw_content_detected: B verdicts of the safety checker, or None without one.
+        objects: per picture, what became of each object, in the order given; None when no objects were given.
+        attention: per picture, a map `(h, w)`, float32 on the CPU, for the `label` of each object: the mean over the
+            chosen layers and steps of the attention that the phrase's tokens receive from each place, in [0, 1]. None
+            unless `return_attention` was set.
+    """
+
+    images: "list[PIL.Image.Image] | np.ndarray | torch.Tensor"
+    nsfw_content_detected: "list[bool] | None" = None
+    objects: "list[list[PlacedObject]] | None" = None
+    attention: "list[dict[str, torch.Tensor]] | None" = None
+
+
+# --- objectcompose.pipelines.attention_maps
+
+#: The layers that TokenCompose supervises: cross-attention of the middle and the decoder.
+DECODER_CROSS_LAYERS = r"(mid_block|up_blocks)\..*\.attn2"
+
+
+def phrase_map_layers(unet: "Any", layers: "str | Sequence[str] | None") -> "list[str]":
+    """Names of the cross-attention layers to measure.
+
+    Args:
+        unet: the model whose layers are meant.
+        layers: a regex or a list of names; None stands for `DECODER_CROSS_LAYERS`.
+
+    Raises:
+        LayerNotFoundError: the pattern chooses nothing, or a name is no cross-attention layer.
+    """
+    return match_layers(unet, DECODER_CROSS_LAYERS if layers is None else layers, kind="cross")
+
+
+def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
+    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
+    height, width = latent_height, latent_width
+    while height * width > num_tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
+    return height, width
+
+
+class PhraseMapRecorder:
+    """Running mean of the attention maps of phrases.
+
+    Args:
+        placed: per picture the objects whose phrases are measured; B lists.
+        layers: names of cross-attention layers.
+        latent_size: height and width of the latents.
+
+    Attributes:
+        probe: the part to install; set its `rows` with `measure_rows` before each forward.
+    """
+
+    def __init__(self, placed: "Sequence[Sequence[PlacedObject]]", layers: "Sequence[str]", latent_size: "tuple[int, int]"):
+        self.placed = placed
+        self.latent_size = latent_size
+        # a token that two phrases share is measured once; a picture without objects measures its start token in vain
+        tokens = [sorted({index for item in row for index in item.token_indices}) or [0] for row in placed]
+        self.probe = TokenMapProbe(tokens, layers=list(layers), head_mean=True)
+        self._membership = torch.zeros(len(placed), max(map(len, tokens)), max(max(map(len, placed)), 1))
+        for row, items in enumerate(placed):
+            for column, item in enumerate(items):
+                for index in item.token_indices:
+                    self._membership[row, tokens[row].index(index), column] = 1.0
+        self._grid: "tuple[int, int] | None" = None
+        self._sum: "torch.Tensor | None" = None
+        self._count = 0
+
+    def measure_rows(self, is_guided: "bool") -> "None":
+        """Say whether the next forward's batch is `[uncond, cond]` (measure the second half) or `cond` alone."""
+        batch = len(self.placed)
+        self.probe.rows = slice(batch, 2 * batch) if is_guided else None
+
+    def record(self) -> "None":
+        """Add the maps of the forward that just ran."""
+        maps = self.probe.maps
+        if self._grid is None:
+            self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
+        for layer_map in maps.values():  # (B, HW, T)
+            membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
+            if phrase_map.shape[-2:] != self._grid:
+                phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
+            self._sum = phrase_map if self._sum is None else self._sum + phrase_map
+            self._count += 1
+        self.discard()
+
+    def discard(self) -> "None":
+        """Drop the maps of the forward that just ran."""
+        self.probe.clear()
+
+    def mean_maps(self) -> "list[dict[str, torch.Tensor]]":
+        """Per picture a map `(h, w)` for each object's label, float32 on the CPU; empty when no step was recorded."""
+        if self._sum is None:
+            return [{} for _ in self.placed]
+        means = (self._sum / self._count).cpu()
+        return [{item.label: means[b, n] for n, item in enumerate(row)} for b, row in enumerate(self.placed)]
+
+
+# --- objectcompose.pipelines.steps
+
+steps_logger = logging.get_logger(__name__)
+
+
+def modernize_scheduler(scheduler: "Any") -> "None":
+    """Give a scheduler with a config from before diffusers 0.10 the two settings that Stable Diffusion means.
+
+    `StableDiffusionPipeline` does the same to the scheduler it is given, so without this a pipeline that was built
+    from the same old checkpoint would sample other pictures.
+    """
+    if scheduler is None:
+        return
+    wanted = {}
+    if getattr(scheduler.config, "steps_offset", 1) != 1:
+        wanted["steps_offset"] = 1
+    if getattr(scheduler.config, "clip_sample", False) is True:
+        wanted["clip_sample"] = False
+    if wanted:
+        steps_logger.warning(f"The scheduler's config is outdated for Stable Diffusion; using {wanted}.")
+        scheduler.register_to_config(**wanted)
+
+
+def rescale_guided_noise(noise_pred: "torch.Tensor", noise_pred_text: "torch.Tensor", rescale: "float") -> "torch.Tensor":
+    """Bring the guided prediction's standard deviation back towards the conditional one's.
+
+    "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), section 3.4.
+
+    Args:
+        noise_pred: the guided prediction, shape `(B, C, h, w)`.
+        noise_pred_text: the conditional prediction, same shape.
+        rescale: 0 keeps `noise_pred`, 1 takes the rescaled one.
+    """
+    axes = list(range(1, noise_pred.ndim))
+    std_text, std_guided = noise_pred_text.std(dim=axes, keepdim=True), noise_pred.std(dim=axes, keepdim=True)
+    rescaled = noise_pred * (std_text / std_guided)
+    return rescale * rescaled + (1 - rescale) * noise_pred
+
+
+def accepts_argument(function: "Any", name: "str") -> "bool":
+    """Whether a function's signature names the argument `name`."""
+    return name in inspect.signature(function).parameters
+
+
+def _saved_before_diffusers_0_9(unet: "Any") -> "bool":
+    saved = getattr(unet.config, "_diffusers_version", None)
+    return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
+
+
+class StableDiffusionStepsMixin:
+    """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
+
+    # components that the pipeline registers; `Any` because each of them may be None
+    vae: "Any"
+    text_encoder: "Any"
+    tokenizer: "Any"
+    unet: "Any"
+    scheduler: "Any"
+    safety_checker: "Any"
+    feature_extractor: "Any"
+    image_encoder: "Any"
+    image_processor: "Any"
+    vae_scale_factor: "int"
+
+    # ---- what a running call can be asked
+
+    @property
+    def guidance_scale(self) -> "float":
+        """The guidance scale of the running call; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> "float":
+        """The guidance rescale of the running call."""
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> "int | None":
+        """How many of the text encoder's last layers the running call skips."""
+        return self._clip_skip
+
+    @property
+    def do_classifier_free_guidance(self) -> "bool":
+        """Whether the running call predicts an unconditional half too."""
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def cross_attention_kwargs(self) -> "dict[str, Any] | None":
+        """The extra arguments that reach the attention processors."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> "int":
+        """The number of iterations of the running call's denoising loop."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> "bool":
+        """True once a callback has asked the running call to stop."""
+        return self._interrupt
+
+    def set_call_state(
+        self,
+        guidance_scale: "float",
+        guidance_rescale: "float",
+        clip_skip: "int | None",
+        cross_attention_kwargs: "dict[str, Any] | None",
+    ) -> "None":
+        """Store what the properties above read; called once at the start of a call."""
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+
+    # ---- text
+
+    def encode_prompt(
+        self,
+        prompt: "str | list[str] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+        negative_prompt: "str | list[str] | None" = None,
+        prompt_embeds: "torch.Tensor | None" = None,
+        negative_prompt_embeds: "torch.Tensor | None" = None,
+        lora_scale: "float | None" = None,
+        clip_skip: "int | None" = None,
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Encode prompts, or repeat embeddings that are given.
+
+        Args:
+            prompt: one prompt or a list of B prompts; None when `prompt_embeds` is given.
+            device: where the embeddings go.
+            num_images_per_prompt: how often each row is repeated (n); the copies of a prompt lie side by side.
+            do_classifier_free_guidance: whether the negative half is needed.
+            negative_prompt: one prompt for all rows or a list of B; None stands for the empty prompt.
+            prompt_embeds: shape `(B, L, C)`.
+            negative_prompt_embeds: shape `(B, L, C)`.
+            lora_scale: strength of LoRA layers in the text encoder.
+            clip_skip: how many of the text encoder's last layers to skip.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, both `(B * n, L, C)`; the second is what was given, or None,
+            when there is no guidance.
+        """
+        if lora_scale is not None:
+            self._lora_scale = lora_scale
+            if USE_PEFT_BACKEND and self.text_encoder is not None:
+                scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            if prompt_embeds is None:
+                prompts = [prompt] if isinstance(prompt, str) else prompt
+                prompt_embeds = self._encode_texts(prompts, device, clip_skip=clip_skip, warn_truncation=True)
+            batch_size = prompt_embeds.shape[0]
+            dtype = self._prompt_embeds_dtype(prompt_embeds)
+            prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
+
+            if do_classifier_free_guidance:
+                if negative_prompt_embeds is None:
+                    negatives = "" if negative_prompt is None else negative_prompt
+                    negatives = [negatives] * batch_size if isinstance(negatives, str) else negatives
+                    # the unconditional half keeps the last layer whatever `clip_skip` says, as in diffusers
+                    negative_prompt_embeds = self._encode_texts(negatives, device, max_length=prompt_embeds.shape[1])
+                negative_prompt_embeds = negative_prompt_embeds.to(dtype=dtype, device=device)
+                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        finally:
+            if USE_PEFT_BACKEND and self.text_encoder is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        return prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0), negative_prompt_embeds
+
+    def _prompt_embeds_dtype(self, prompt_embeds: "torch.Tensor") -> "torch.dtype":
+        if self.text_encoder is not None:
+            return self.text_encoder.dtype
+        return self.unet.dtype if self.unet is not None else prompt_embeds.dtype
+
+    def _encode_texts(
+        self,
+        texts: "list[str]",
+        device: "torch.device | str",
+        max_length: "int | None" = None,
+        clip_skip: "int | None" = None,
+        warn_truncation: "bool" = False,
+    ) -> "torch.Tensor":
+        """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
+        max_length = self.tokenizer.model_max_length if max_length is None else max_length
+        texts = self.expand_placeholders(texts)
+        inputs = self.tokenizer(
+            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+        )
+        if warn_truncation:
+            self._warn_truncation(texts)
+        # only some of SD 2.x's text encoders were trained with a mask
+        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        attention_mask = inputs.attention_mask.to(device) if use_mask else None
+        output = self.text_encoder(
+            inputs.input_ids.to(device), attention_mask=attention_mask, output_hidden_states=clip_skip is not None
+        )
+        if clip_skip is None:
+            return output[0]
+        # an inner layer has not passed the final norm that the UNet was trained behind
+        final_layer_norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
+        return final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+    def _warn_truncation(self, texts: "list[str]") -> "None":
+        limit = self.tokenizer.model_max_length
+        for text in texts:
+            ids = self.tokenizer(text, truncation=False).input_ids
+            if len(ids) > limit:
+                removed = self.tokenizer.decode(ids[limit - 1 : -1])
+                steps_logger.warning(
+                    f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
+                )
+
+    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
+        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
+        if isinstance(self, TextualInversionLoaderMixin):
+            return self.maybe_convert_prompt(list(texts), self.tokenizer)
+        return list(texts)
+
+    # ---- image prompts (IP-Adapter)
+
+    def encode_image(
+        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Embed pictures for an IP-Adapter.
+
+        Returns:
+            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
+            the last but one layer with `output_hidden_states`.
+        """
+        dtype = next(self.image_encoder.parameters()).dtype
+        if not isinstance(image, torch.Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        image = image.to(device=device, dtype=dtype)
+        if output_hidden_states:
+            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
+            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
+            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
+            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
+        else:
+            embeds = self.image_encoder(image).image_embeds
+            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
+        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: "Any",
+        ip_adapter_image_embeds: "list[torch.Tensor] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+    ) -> "list[torch.Tensor]":
+        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
+
+        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
+        """
+        if ip_adapter_image_embeds is None:
+            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
+            pairs = []
+            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
+                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
+                pairs.append((blank[None, :], embeds[None, :]))
+        elif do_classifier_free_guidance:
+            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
+        else:
+            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
+
+        prepared = []
+        for blank, embeds in pairs:
+            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
+            if do_classifier_free_guidance:
+                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
+            prepared.append(rows.to(device=device))
+        return prepared
+
+    # ---- latents and scheduler
+
+    def default_size(self) -> "tuple[int, int]":
+        """Height and width in pixels of the pictures that the UNet was trained on."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+        if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
+            size = 64  # those versions wrote a wrong size into the UNet's config
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def latent_size(self, height: "int", width: "int") -> "tuple[int, int]":
+        """Height and width of the latents of a picture of `height` x `width` pixels."""
+        return int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
+
+    def prepare_latents(
+        self,
+        batch_size: "int",
+        num_channels_latents: "int",
+        height: "int",
+        width: "int",
+        dtype: "torch.dtype",
+        device: "torch.device | str",
+        generator: "torch.Generator | list[torch.Generator] | None",
+        latents: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
+        """Initial noise `(batch_size, C, h, w)`, scaled as the scheduler wants it. Given latents are N(0, 1) noise."""
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ObjectComposeError(
+                f"`generator` must hold one generator per picture: got {len(generator)} for {batch_size} pictures."
+            )
+        if latents is None:
+            shape = (batch_size, num_channels_latents, *self.latent_size(height, width))
+            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+        else:
+            latents = latents.to(device)
+        return latents * self.scheduler.init_noise_sigma
+
+    def prepare_timesteps(
+        self,
+        num_inference_steps: "int",
+        device: "torch.device | str",
+        timesteps: "list[int] | None" = None,
+        sigmas: "list[float] | None" = None,
+    ) -> "tuple[torch.Tensor, int]":
+        """Set the scheduler's timesteps; returns them and the number of steps they stand for."""
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            return self.scheduler.timesteps, len(self.scheduler.timesteps)
+        if sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+            return self.scheduler.timesteps, len(self.scheduler.timesteps)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        return self.scheduler.timesteps, num_inference_steps
+
+    def prepare_extra_step_kwargs(
+        self, generator: "torch.Generator | list[torch.Generator] | None", eta: "float"
+    ) -> "dict[str, Any]":
+        """`eta` and `generator`, each only where the scheduler's `step` takes it (DDIM takes both)."""
+        extra = {"eta": eta, "generator": generator}
+        return {name: value for name, value in extra.items() if accepts_argument(self.scheduler.step, name)}
+
+    def get_guidance_scale_embedding(
+        self, w: "torch.Tensor", embedding_dim: "int" = 512, dtype: "torch.dtype" = torch.float32
+    ) -> "torch.Tensor":
+        """Sinusoidal embedding `(B, embedding_dim)` of guidance scales `w` `(B,)`, for distilled UNets (LCM)."""
+        half = embedding_dim // 2
+        decay = torch.log(torch.tensor(10000.0)) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, dtype=dtype) * -decay)
+        angles = (w * 1000.0).to(dtype)[:, None] * frequencies[None, :]
+        embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
+
+    def prepare_timestep_cond(self, batch_size: "int", device: "torch.device | str", dtype: "torch.dtype") -> "Any":
+        """The guidance scale as a condition of the UNet, or None for UNets that take none (all but distilled ones)."""
+        embedding_dim = self.unet.config.time_cond_proj_dim
+        if embedding_dim is None:
+            return None
+        scales = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
+        return self.get_guidance_scale_embedding(scales, embedding_dim=embedding_dim).to(device=device, dtype=dtype)
+
+    def guide(self, noise_pred: "torch.Tensor") -> "torch.Tensor":
+        """Join the two halves `[uncond, cond]` of a prediction by classifier-free guidance; without it, return it."""
+        if not self.do_classifier_free_guidance:
+            return noise_pred
+        uncond, text = noise_pred.chunk(2)
+        guided = uncond + self.guidance_scale * (text - uncond)
+        return rescale_guided_noise(guided, text, self.guidance_rescale) if self.guidance_rescale > 0.0 else guided
+
+    # ---- pictures
+
+    def run_safety_checker(
+        self, image: "torch.Tensor", device: "torch.device | str", dtype: "torch.dtype"
+    ) -> "tuple[torch.Tensor, list[bool] | None]":
+        """Let the safety checker, if there is one, black out pictures `(B, 3, H, W)` in [-1, 1]."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.postprocess(image, output_type="pil")
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").to(device).pixel_values
+        return self.safety_checker(images=image, clip_input=clip_input.to(dtype))
+
+    def decode_to_output(
+        self,
+        latents: "torch.Tensor",
+        output_type: "str",
+        generator: "torch.Generator | list[torch.Generator] | None",
+        device: "torch.device | str",
+        dtype: "torch.dtype",
+    ) -> "tuple[Any, list[bool] | None]":
+        """Latents `(B, C, h, w)` to what `output_type` asks for, and the safety checker's verdicts.
+
+        Returns:
+            Pictures as a list of PIL images ("pil"), an array `(B, H, W, 3)` in [0, 1] ("np"), a tensor `(B, 3, H, W)`
+            in [0, 1] ("pt"), or the latents themselves ("latent"); and a list of B verdicts or None.
+        """
+        if output_type == "latent":
+            return latents, None
+        scaled = latents / self.vae.config.scaling_factor
+        image = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
+        image, nsfw = self.run_safety_checker(image, device, dtype)
+        # a blacked-out picture is already in [0, 1]
+        do_denormalize = [True] * image.shape[0] if nsfw is None else [not flagged for flagged in nsfw]
+        return self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize), nsfw
+
+
+# --- objectcompose.pipelines.call_checks
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_count(name: "str", value: "Any", minimum: "int" = 1) -> "None":
+    """Raise unless `value` is a whole number of at least `minimum` (booleans do not count)."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ObjectComposeError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "None":
+    """Raise unless `value` is a finite number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ObjectComposeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"`{name}` must be finite, got {value!r}.")
+    if minimum is not None and value < minimum:
+        raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
+
+
+def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
+    """Raise unless both sides are multiples of 8 and of the VAE's factor."""
+    multiple = math.lcm(8, vae_scale_factor)
+    for name, value in (("height", height), ("width", width)):
+        check_count(name, value)
+        if value % multiple:
+            raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
+
+
+def check_output_type(output_type: "Any") -> "None":
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+
+def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
+    """Raise unless `embeds` is a finite tensor `(B, L, C)` whose C is the width of the UNet's cross-attention."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ObjectComposeError(f"`{name}` must be a tensor of shape (batch, tokens, width), got {found}.")
+    width = unet.config.cross_attention_dim
+    if isinstance(width, int) and unet.config.encoder_hid_dim is None and embeds.shape[-1] != width:
+        raise ObjectComposeError(f"`{name}` must have width {width}, as the UNet expects, got {embeds.shape[-1]}.")
+    if not torch.isfinite(embeds).all():
+        raise NonFiniteError(f"`{name}` holds NaN or infinite values.")
+
+
+def check_call_text(name: "str", text: "Any") -> "None":
+    """Raise unless `text` is a string or a non-empty list of strings."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, list) or not text or not all(isinstance(item, str) for item in text):
+        raise ObjectComposeError(f"`{name}` must be a string or a non-empty list of strings, got {text!r}.")
+
+
+def check_prompts(
+    pipeline: "Any",
+    prompt: "Any",
+    negative_prompt: "Any",
+    prompt_embeds: "Any",
+    negative_prompt_embeds: "Any",
+    use_guidance: "bool",
+) -> "int":
+    """Check prompts and embeddings against each other and the pipeline's text encoder; returns the batch size B."""
+    for text_name, text, embeds_name, embeds in (
+        ("prompt", prompt, "prompt_embeds", prompt_embeds),
+        ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ObjectComposeError(f"Give either `{text_name}` or `{embeds_name}`, not both.")
+        if text is not None:
+            check_call_text(text_name, text)
+        if embeds is not None:
+            check_embeds(embeds_name, embeds, pipeline.unet)
+    if prompt is None and prompt_embeds is None:
+        raise ObjectComposeError("Give either `prompt` or `prompt_embeds`, got neither.")
+    batch_size = prompt_embeds.shape[0] if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+
+    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+        raise ObjectComposeError(
+            f"`negative_prompt` must be one string or one per prompt: got {len(negative_prompt)} for {batch_size}."
+        )
+    if negative_prompt_embeds is not None and prompt_embeds is not None:
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ObjectComposeError(
+                f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
+                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+            )
+    elif negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
+        raise ObjectComposeError(
+            f"`negative_prompt_embeds` must hold one row per prompt: got {negative_prompt_embeds.shape[0]} for"
+            f" {batch_size}."
+        )
+    needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
+    if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
+        raise ObjectComposeError(
+            "`prompt_embeds` (and `negative_prompt_embeds` under guidance) must be given: the pipeline has no text"
+            " encoder or no tokenizer."
+        )
+    return batch_size
+
+
+def check_clip_skip(clip_skip: "Any", text_encoder: "Any") -> "None":
+    """Raise unless `clip_skip` is None or leaves the text encoder at least its embeddings."""
+    if clip_skip is None:
+        return
+    check_count("clip_skip", clip_skip, minimum=0)
+    layers = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", None)
+    if layers is not None and clip_skip > layers:
+        raise ObjectComposeError(f"`clip_skip` must be at most {layers}, the text encoder's layers, got {clip_skip}.")
+
+
+def check_image_prompt(pipeline: "Any", image: "Any", image_embeds: "Any", use_guidance: "bool") -> "None":
+    """Check the two arguments of IP-Adapter against each other and the adapters that are loaded."""
+    loaded = pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    if image is None and image_embeds is None:
+        if loaded:
+            raise ObjectComposeError(
+                "An IP-Adapter is loaded: give `ip_adapter_image` or `ip_adapter_image_embeds`, or unload it."
+            )
+        return
+    if image is not None and image_embeds is not None:
+        raise ObjectComposeError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+    if not loaded:
+        raise ObjectComposeError("`ip_adapter_image` needs an IP-Adapter: call `load_ip_adapter` first.")
+    adapters = len(pipeline.unet.encoder_hid_proj.image_projection_layers)
+    if image is not None:
+        count = len(image) if isinstance(image, list) else 1
+        if count != adapters:
+            raise ObjectComposeError(
+                f"`ip_adapter_image` must hold one entry per IP-Adapter: got {count}, {adapters} loaded."
+            )
+        if pipeline.image_encoder is None:
+            raise ObjectComposeError(
+                "`ip_adapter_image` needs an `image_encoder`; give `ip_adapter_image_embeds` instead."
+            )
+        return
+    if not isinstance(image_embeds, list) or len(image_embeds) != adapters:
+        raise ObjectComposeError(
+            f"`ip_adapter_image_embeds` must be a list of {adapters} tensors, one per IP-Adapter, got"
+            f" {len(image_embeds) if isinstance(image_embeds, list) else type(image_embeds).__name__}."
+        )
+    for embeds in image_embeds:
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim not in (3, 4):
+            raise ImageInputError("`ip_adapter_image_embeds` must hold 3D or 4D tensors.")
+        if use_guidance and embeds.shape[0] % 2:
+            raise ImageInputError(
+                "`ip_adapter_image_embeds` must hold negative rows, then positive ones, under guidance: got"
+                f" {embeds.shape[0]} rows."
+            )
+
+
+def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "int":
+    """Check that the scheduler can follow the schedule asked for; returns the number of steps."""
+    if timesteps is not None and sigmas is not None:
+        raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if values is None:
+            continue
+        if len(values) == 0:
+            raise ObjectComposeError(f"`{name}` must hold at least one value, got an empty list.")
+        if not accepts_argument(scheduler.set_timesteps, name):
+            raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
+        return len(values)
+    check_count("num_inference_steps", num_inference_steps)
+    return int(num_inference_steps)
+
+
+def check_noise(pipeline: "Any", generator: "Any", latents: "Any", num_images: "int", latent_shape: "tuple[int, ...]") -> "None":
+    """Check that there is one generator, or one per picture, and that given latents fit the pictures asked for."""
+    if isinstance(generator, list):
+        if len(generator) != num_images:
+            raise ObjectComposeError(
+                f"`generator` must hold one generator per picture: got {len(generator)} for {num_images} pictures."
+            )
+        wrong = [item for item in generator if not isinstance(item, torch.Generator)]
+    else:
+        wrong = [] if generator is None or isinstance(generator, torch.Generator) else [generator]
+    if wrong:
+        raise ObjectComposeError(f"`generator` must be a torch.Generator or a list of them, got {wrong[0]!r}.")
+    if latents is None:
+        return
+    expected = (num_images, pipeline.unet.config.in_channels, *latent_shape)
+    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != expected:
+        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ObjectComposeError(f"`latents` must be a tensor of shape {expected}, got {found}.")
+    if not torch.isfinite(latents).all():
+        raise NonFiniteError("`latents` holds NaN or infinite values.")
+
+
+def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "Sequence[str]") -> "None":
+    """Raise unless the callback can be called and asks only for tensors that the loop has."""
+    if callback is not None and not callable(callback):
+        raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
+    unknown = [name for name in tensor_inputs or () if name not in allowed]
+    if unknown:
+        raise ObjectComposeError(
+            f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
+            f" {', '.join(map(str, unknown))}."
+        )
+
+
+def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
+    """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
+    if attention_steps is None:
+        return
+    if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
+        raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
+    steps = list(attention_steps)
+    wrong = [s for s in steps if isinstance(s, bool) or not isinstance(s, Integral) or not 0 <= s < num_steps]
+    if not steps or wrong:
+        raise ObjectComposeError(
+            f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."
+        )
+
+
+def check_parts(parts: "Any") -> "None":
+    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`."""
+    if not isinstance(parts, (list, tuple)):
+        raise ObjectComposeError(f"`parts` must be a list of attention parts, got {type(parts).__name__}.")
+    for index, part in enumerate(parts):
+        # by attribute, never by class: code flattened for the Hub holds second copies of our classes
+        if getattr(part, "kind", None) not in ("mask", "branch", "probe") or not hasattr(part, "layers"):
+            raise ObjectComposeError(
+                f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
+            )
+
+
+# --- objectcompose.layout_fields
+
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_MAX_ORDER = 2**31
+
+
+def check_text(value: "Any", name: "str", may_be_empty: "bool" = False, one_word: "bool" = False) -> "str":
+    """`value`, if it is text that a tokenizer can encode; `name` is the argument's name for the message.
+
+    Raises:
+        LayoutError: not a string, blank, not valid Unicode, or, for `one_word`, with white space inside.
+    """
+    if not isinstance(value, str):
+        raise LayoutError(f"`{name}` must be a string, got {shown_value(value)}.")
+    if not may_be_empty and not value.strip():
+        raise LayoutError(f"`{name}` must hold at least one visible character, got {shown_value(value)}.")
+    if one_word and value.split() != [value]:
+        raise LayoutError(f"`{name}` must be one word without white space, got {shown_value(value)}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise LayoutError(f"`{name}` must be Unicode without lone surrogates, got {shown_value(value)}.") from None
+    return value
+
+
+def check_box(value: "Any", name: "str" = "box") -> "tuple[float, float, float, float]":
+    """`value` as four floats (x0, y0, x1, y1), fractions in [0, 1] of width and height with x0 < x1 and y0 < y1.
+
+    Raises:
+        LayoutError: another number of values, a value that is no finite number in [0, 1], or an empty box.
+    """
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        raise LayoutError(f"`{name}` must be four numbers (x0, y0, x1, y1), got {shown_value(value)}.")
+    corners = tuple(finite_number(number, name) for number in value)
+    if not all(0.0 <= corner <= 1.0 for corner in corners):
+        raise LayoutError(f"`{name}` must lie in [0, 1] (fractions of width and height, not pixels), got {corners}.")
+    x0, y0, x1, y1 = corners
+    if x0 >= x1 or y0 >= y1:
+        raise LayoutError(f"`{name}` must have x0 < x1 and y0 < y1, got {corners}.")
+    return x0, y0, x1, y1
+
+
+def check_mask(value: "Any", name: "str" = "mask") -> "torch.Tensor":
+    """`value` as a float32 tensor `(H, W)` of {0, 1} on the CPU, 1 = object; see `SceneObject` for what is accepted.
+
+    Raises:
+        RegionError: not two-dimensional, a value other than 0 and 1 (or 255 in 8 bits), or no 1 at all.
+        ImageInputError: the path cannot be read as a PNG of mode "1" or "L".
+    """
+    if isinstance(value, (str, os.PathLike)):
+        value = _open_image(value, name, ("PNG",))
+    if isinstance(value, Image.Image):
+        if value.mode not in ("1", "L"):
+            raise ImageInputError(f'`{name}` must be a picture of mode "1" or "L", got mode {value.mode!r}.')
+        value = np.array(value)
+    try:
+        array = np.array(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise RegionError(f"`{name}` must be an array of shape (H, W), got {shown_value(value)}.") from None
+    if array.ndim != 2 or 0 in array.shape:
+        raise RegionError(f"`{name}` must have shape (H, W) with at least one pixel, got shape {array.shape}.")
+    if array.dtype.kind not in "biuf":
+        raise RegionError(f"`{name}` must hold numbers 0 and 1, got values of type {array.dtype}.")
+    if array.dtype == np.uint8 and array.max() == 255:
+        array = np.where(array == 255, 1, np.where(array == 0, 0, 2))
+    wrong = array[(array != 0) & (array != 1)]
+    if wrong.size:
+        raise RegionError(
+            f"`{name}` must hold only 0 and 1 (in 8 bits 255 may stand for 1), got {wrong.size} other values."
+        )
+    if not array.any():
+        raise RegionError(f"`{name}` must mark at least one pixel, got an empty mask of shape {array.shape}.")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def check_picture(value: "Any", name: "str" = "image") -> "Image.Image":
+    """`value`, a PIL image or a path, as a PIL image of mode RGB, or RGBA if it has an alpha channel.
+
+    The orientation that a camera noted in the file is applied.
+
+    Raises:
+        ImageInputError: neither of the two, not readable as PNG, JPEG, WebP, BMP, GIF or TIFF, of a mode with more
+            than 8 bits, or transparent everywhere.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        value = ImageOps.exif_transpose(_open_image(value, name, _PICTURE_FORMATS))
+    if not isinstance(value, Image.Image):
+        raise ImageInputError(f"`{name}` must be a PIL image or a path, got {shown_value(value)}.")
+    if value.mode not in _PICTURE_MODES:
+        raise ImageInputError(f"`{name}` must have a mode of {_PICTURE_MODES}, got {value.mode!r}.")
+    if 0 in value.size:
+        raise ImageInputError(f"`{name}` must have at least one pixel, got size {value.size}.")
+    try:
+        picture = value.convert("RGBA" if value.has_transparency_data else "RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageInputError(f"`{name}` must be a readable picture: {error}.") from error
+    picture.info.clear()  # colour profiles and comments would make equal pictures differ on disk
+    if picture.mode == "RGBA" and picture.getextrema()[3][1] == 0:
+        raise ImageInputError(f"`{name}` must show something, got an alpha channel that is 0 everywhere.")
+    return picture
+
+
+def _open_image(path: "str | os.PathLike", name: "str", formats: "Sequence[str]") -> "Image.Image":
+    try:
+        with Image.open(path, formats=list(formats)) as image:
+            image.load()
+            return image
+    # Damaged files make the decoders raise almost anything (struct.error, SyntaxError, decompression bombs).
+    except Exception as error:
+        raise ImageInputError(
+            f"`{name}` must be a readable {'/'.join(formats)} file, got {shown_value(path)}: {error}."
+        ) from None
+
+
+def finite_number(value: "Any", name: "str") -> "float":
+    """`value` as a finite float; True and False are no numbers."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise LayoutError(f"`{name}` must hold numbers, got {shown_value(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise LayoutError(f"`{name}` must hold finite numbers, got {shown_value(value)}.")
+    return number
+
+
+def check_scale(value: "Any") -> "float":
+    """`value` as a float, at least 0."""
+    scale = finite_number(value, "scale")
+    if scale < 0:
+        raise LayoutError(f"`scale` must be at least 0, got {scale}.")
+    return scale
+
+
+def check_order(value: "Any") -> "int":
+    """`value` as an int of at most 32 bits."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise LayoutError(f"`order` must be a whole number, got {shown_value(value)}.")
+    if not -_MAX_ORDER <= int(value) < _MAX_ORDER:
+        raise LayoutError(f"`order` must fit into 32 bits, got {shown_value(value)}.")
+    return int(value)
+
+
+def shown_value(value: "Any") -> "str":
+    """`value` for an error message: short, and never an error itself."""
+    try:
+        text = ascii(value) if isinstance(value, str) else repr(value)
+    except Exception:
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+# --- objectcompose.layout
+
+SCHEMA_VERSION = 1
+
+# COCO boxes are rounded to hundredths of a pixel or to whole pixels and may stick out by that much.
+_COCO_SLACK_PIXELS = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class SceneObject:
+    """One object of a scene. Every field is optional; a method says which ones it needs.
+
+    Args:
+        phrase: the words of the prompt that name the object, for example "a corgi".
+        image: a reference picture, as a PIL image or a path; held as a PIL image in mode RGB, or RGBA where the alpha
+            channel is the cut-out of the object.
+        mask: where the object is on the canvas, `(H, W)`, values {0, 1}, 1 = object; also accepted as a numpy array, a
+            nested list, a PIL image of mode "1" or "L" or the path of such a PNG, there with 255 for 1 too. Held as a
+            float32 tensor on the CPU. Where both are given, a method that can use either takes the mask.
+        box: where the object is: (x0, y0, x1, y1), fractions in [0, 1] of width and height, origin top left.
+        token: a learned placeholder that stands for the object, for example "<asset0>".
+        scale: strength, at least 0.
+        order: who is in front where regions overlap; the higher is, ties: the smaller one.
+
+    Raises:
+        LayoutError: a field breaks its rule.
+        RegionError: the mask is empty, not `(H, W)` or not binary.
+        ImageInputError: the picture or the mask's file cannot be read, or has nothing in it.
+    """
+
+    phrase: "str | None" = None
+    image: "Any" = None
+    mask: "Any" = None
+    box: "tuple[float, float, float, float] | None" = None
+    token: "str | None" = None
+    scale: "float" = 1.0
+    order: "int" = 0
+
+    def __post_init__(self) -> "None":
+        checked = {
+            "phrase": None if self.phrase is None else check_text(self.phrase, "phrase"),
+            "image": None if self.image is None else check_picture(self.image, "image"),
+            "mask": None if self.mask is None else check_mask(self.mask, "mask"),
+            "box": None if self.box is None else check_box(self.box, "box"),
+            "token": None if self.token is None else check_text(self.token, "token", one_word=True),
+            "scale": check_scale(self.scale),
+            "order": check_order(self.order),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: "object") -> "bool":
+        if not isinstance(other, SceneObject):
+            return NotImplemented
+        return _plain_fields(self) == _plain_fields(other) and all(
+            _picture_bytes(mine) == _picture_bytes(theirs)
+            for mine, theirs in ((self.image, other.image), (self.mask, other.mask))
+        )
+
+    def __hash__(self) -> "int":
+        return hash(_plain_fields(self))
+
+
+OBJECT_FIELDS = tuple(field.name for field in fields(SceneObject))
+_OBJECT_DEFAULTS = {field.name: field.default for field in fields(SceneObject)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt and its objects.
+
+    Args:
+        prompt: the text of the whole picture.
+        objects: `SceneObject`s, or dicts with their fields; held as a tuple.
+
+    Raises:
+        LayoutError: the prompt is not text, or an object breaks a rule.
+        RegionError: the masks do not all have the same size.
+    """
+
+    prompt: "str"
+    objects: "tuple[SceneObject, ...]" = ()
+
+    def __post_init__(self) -> "None":
+        check_text(self.prompt, "prompt", may_be_empty=True)
+        if isinstance(self.objects, (str, bytes, Mapping)) or not isinstance(self.objects, Iterable):
+            raise LayoutError(f"`objects` must be a list of objects, got {shown_value(self.objects)}.")
+        object.__setattr__(self, "objects", tuple(_one_prompts_objects(list(self.objects), "objects")))
+
+
+def as_scene_objects(objects: "Any", batch_size: "int") -> "list[list[SceneObject]]":
+    """The objects of each prompt, from whatever form the user gave them in.
+
+    Args:
+        objects: None, one list for all prompts, or one list per prompt; each entry a `SceneObject` or a dict with its
+            fields (`image` and `mask` as values or paths).
+        batch_size: number of prompts, at least 1.
+
+    Returns:
+        One list per prompt, `batch_size` of them.
+
+    Raises:
+        LayoutError: another form, an unknown field, or another number of lists than prompts.
+        RegionError: masks of one prompt differ in size.
+    """
+    if objects is None:
+        return [[] for _ in range(batch_size)]
+    if isinstance(objects, Layout) or (hasattr(objects, "prompt") and hasattr(objects, "objects")):
+        objects = objects.objects
+    if not isinstance(objects, (list, tuple)):
+        raise LayoutError(f"`objects` must be a list of objects, or one list per prompt, got {shown_value(objects)}.")
+    nested = [isinstance(entry, (list, tuple)) or entry is None for entry in objects]
+    if not any(nested):
+        shared = _one_prompts_objects(objects, "objects")
+        return [list(shared) for _ in range(batch_size)]
+    if not all(nested):
+        raise LayoutError("`objects` must hold either objects or one list per prompt, got a mixture of both.")
+    if len(objects) != batch_size:
+        raise LayoutError(f"`objects` must hold one list per prompt: {batch_size} prompts, got {len(objects)} lists.")
+    return [_one_prompts_objects(entry or [], f"objects[{index}]") for index, entry in enumerate(objects)]
+
+
+def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str, ...]":
+    """The fields that `obj` sets to something other than their default and that are not among `used`.
+
+    A method puts them into `output.objects[i].unused`. Field order of `SceneObject`.
+    """
+    used = set(used)
+    assert used <= set(OBJECT_FIELDS), f"no such fields: {sorted(used - set(OBJECT_FIELDS))}"
+    changed = (name for name in OBJECT_FIELDS if not _is_default(name, getattr(obj, name)))
+    return tuple(name for name in changed if name not in used)
+
+
+def require_object_fields(
+    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str"
+) -> "None":
+    """Check that each object has the fields that a method needs.
+
+    Args:
+        objects: the objects of one prompt.
+        needed: field names; a tuple of names means that one of them is enough, as in `("mask", "box")`.
+        method: the name of the method, for the message.
+
+    Raises:
+        MissingFieldError: names the object, the field and the method.
+    """
+    for index, obj in enumerate(objects):
+        for names in needed:
+            names = (names,) if isinstance(names, str) else tuple(names)
+            if all(getattr(obj, name) is None for name in names):
+                wanted = " or ".join(f"`{name}`" for name in names)
+                raise MissingFieldError(
+                    f"{method} needs {wanted} of every object; objects[{index}] has none: {shown_value(obj)}."
+                )
+
+
+def check_canvas(objects: "Sequence[SceneObject]", height: "int", width: "int") -> "None":
+    """Check that the masks of the objects have the shape of the canvas, at any resolution.
+
+    Args:
+        objects: the objects of one prompt.
+        height, width: size of the picture in pixels.
+
+    Raises:
+        RegionError: a mask's sides are in another proportion than the canvas' (more than one mask pixel off).
+    """
+    for index, obj in enumerate(objects):
+        if obj.mask is None:
+            continue
+        rows, columns = obj.mask.shape
+        if abs(rows * width - columns * height) > max(height, width):
+            raise RegionError(
+                f"`mask` must have the proportions of the canvas ({height}, {width}); "
+                f"objects[{index}] has a mask of shape ({rows}, {columns})."
+            )
+
+
+def layout_from_dict(data: "Any", folder: "str | os.PathLike | None" = None) -> "Layout":
+    """A layout from its JSON form.
+
+    Args:
+        data: `{"schema_version": 1, "prompt": ..., "objects": [...]}`.
+        folder: where relative paths start, and which they may not leave; None: paths are used as they are.
+
+    Raises:
+        LayoutError: wrong version, unknown or missing field, a path that leaves the folder, or a broken object.
+    """
+    if not isinstance(data, Mapping):
+        raise LayoutError(f"`layout` must be a JSON object, got {shown_value(data)}.")
+    _refuse_unknown(data, ("schema_version", "prompt", "objects"), "layout")
+    version = data.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise LayoutError(f"`schema_version` must be {SCHEMA_VERSION}, got {shown_value(version)}.")
+    if "prompt" not in data:
+        raise LayoutError("`prompt` must be in the layout, got none.")
+    entries = data.get("objects", [])
+    if not isinstance(entries, (list, tuple)):
+        raise LayoutError(f"`objects` must be a list, got {shown_value(entries)}.")
+    if folder is not None:
+        entries = [_with_found_files(entry, Path(folder), index) for index, entry in enumerate(entries)]
+    return Layout(prompt=data["prompt"], objects=tuple(entries))
+
+
+def load_layout(path: "str | os.PathLike") -> "Layout":
+    """The layout in a JSON file; its pictures and masks are looked for beside the file.
+
+    Raises:
+        LayoutError: the file is missing, is no valid JSON (NaN and repeated keys are not), or breaks the schema.
+        ImageInputError, RegionError: a picture or a mask is missing or unusable.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+    except ObjectComposeError as error:
+        raise LayoutError(f"`path` must hold a layout, but {shown_value(path)} does not: {error}") from None
+    except OSError as error:
+        raise LayoutError(f"`path` must be a readable file, got {shown_value(path)}: {error.strerror}.") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LayoutError(f"`path` must hold valid JSON, but {shown_value(path)} does not: {error}.") from None
+    return layout_from_dict(data, folder=Path(path).parent)
+
+
+def save_layout(layout: "Layout", path: "str | os.PathLike") -> "None":
+    """Write a layout as JSON, and its pictures and masks as PNG into the folder `<name of path>_pictures` beside it.
+
+    Files are named by their content, each is written aside and moved into place, and the JSON comes last, so a reader
+    never meets half a layout. Pictures of an older layout of that name stay.
+
+    Raises:
+        LayoutError: a file cannot be written.
+    """
+    try:
+        target = Path(path)
+        pictures = target.with_name(f"{target.stem}_pictures")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        entries = [_object_to_json(obj, pictures) for obj in layout.objects]
+        data = {"schema_version": SCHEMA_VERSION, "prompt": layout.prompt, "objects": entries}
+        _write_atomically(target, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+    except (OSError, ValueError, TypeError) as error:
+        raise LayoutError(f"`path` must be a file that can be written, got {shown_value(path)}: {error}.") from error
+
+
+def layout_from_coco(
+    annotations: "Mapping[str, Any]", image_id: "int", prompt: "str | None" = None, include_crowds: "bool" = False
+) -> "Layout":
+    """The boxes of one image of a COCO instances file, as a layout.
+
+    Args:
+        annotations: the parsed file: `images` (`id`, `width`, `height`), `annotations` (`image_id`, `category_id`,
+            `bbox` as [x, y, width, height] in pixels) and `categories` (`id`, `name`).
+        image_id: which image.
+        prompt: the caption; None: "a photo of a dog, a cup and a dog", from the category names in file order.
+        include_crowds: also take the boxes around crowds (`iscrowd`).
+
+    Returns:
+        One object per box, with the category name as its phrase. Boxes that stick out of the image by at most one
+        pixel, which is how COCO rounds, end at its border.
+
+    Raises:
+        LayoutError: an entry is missing or broken, the image is not in the file, or a box sticks out further.
+    """
+    try:
+        names = {category["id"]: category["name"] for category in annotations["categories"]}
+        image = next((image for image in annotations["images"] if image["id"] == image_id), None)
+        if image is None:
+            raise LayoutError(f"`image_id` must be an image of the annotations, got {shown_value(image_id)}.")
+        found = [entry for entry in annotations["annotations"] if entry["image_id"] == image_id]
+        found = [entry for entry in found if include_crowds or not entry.get("iscrowd", 0)]
+        objects = [
+            SceneObject(
+                phrase=names[entry["category_id"]], box=_coco_box(entry["bbox"], image["width"], image["height"])
+            )
+            for entry in found
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LayoutError(f"`annotations` must be a COCO instances file; missing or wrong: {error}.") from None
+    return Layout(prompt=_listing_prompt(objects) if prompt is None else prompt, objects=tuple(objects))
+
+
+def _coco_box(bbox: "Any", width: "Any", height: "Any") -> "tuple[float, float, float, float]":
+    width, height = finite_number(width, "width"), finite_number(height, "height")
+    if width <= 0 or height <= 0:
+        raise LayoutError(f"`width` and `height` of a COCO image must be positive, got {width} and {height}.")
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
+        raise LayoutError(f"`bbox` must be [x, y, width, height] in pixels, got {shown_value(bbox)}.")
+    x, y, box_width, box_height = (finite_number(number, "bbox") for number in bbox)
+    corners = (x, y, x + box_width, y + box_height)
+    limits = (width, height, width, height)
+    slack = _COCO_SLACK_PIXELS
+    if any(not -slack <= corner <= limit + slack for corner, limit in zip(corners, limits, strict=True)):
+        raise LayoutError(f"`bbox` must lie in the {width} x {height} image, got {shown_value(bbox)}.")
+    return check_box(
+        [min(max(corner / limit, 0.0), 1.0) for corner, limit in zip(corners, limits, strict=True)], "bbox"
+    )
+
+
+def _listing_prompt(objects: "Sequence[SceneObject]") -> "str":
+    things = [f"{'an' if obj.phrase[0] in 'aeiou' else 'a'} {obj.phrase}" for obj in objects]
+    if not things:
+        return ""
+    return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
+
+
+def _one_prompts_objects(entries: "Sequence[Any]", name: "str") -> "list[SceneObject]":
+    objects = [_one_object(entry, f"{name}[{index}]") for index, entry in enumerate(entries)]
+    sizes = {tuple(obj.mask.shape) for obj in objects if obj.mask is not None}
+    if len(sizes) > 1:
+        raise RegionError(f"`mask` must have one size for all objects of a prompt, got {sorted(sizes)} in `{name}`.")
+    return objects
+
+
+def _one_object(entry: "Any", name: "str") -> "SceneObject":
+    if isinstance(entry, SceneObject):
+        return entry
+    if isinstance(entry, Mapping):
+        _refuse_unknown(entry, OBJECT_FIELDS, name)
+        values = dict(entry)
+    elif all(hasattr(entry, field) for field in OBJECT_FIELDS):
+        # The same class from another copy of this code: pipelines pushed to the Hub carry their own.
+        values = {field: getattr(entry, field) for field in OBJECT_FIELDS}
+    else:
+        raise LayoutError(f"`{name}` must be a SceneObject or a dict with its fields, got {shown_value(entry)}.")
+    try:
+        return SceneObject(**values)
+    except ObjectComposeError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _refuse_unknown(data: "Mapping[Any, Any]", known: "Sequence[str]", name: "str") -> "None":
+    for key in data:
+        if key in known:
+            continue
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise LayoutError(f"`{name}` may have the fields {', '.join(known)}, got {shown_value(key)}.{hint}")
+
+
+def _with_found_files(entry: "Any", folder: "Path", index: "int") -> "Any":
+    """The object's JSON form with its relative paths replaced by full ones."""
+    if not isinstance(entry, Mapping):
+        return entry
+    found = dict(entry)
+    for name in ("image", "mask"):
+        if found.get(name) is not None:
+            found[name] = _found_file(found[name], folder, f"objects[{index}].{name}")
+    return found
+
+
+def _found_file(relative: "Any", folder: "Path", name: "str") -> "Path":
+    check_text(relative, name)
+    try:
+        path, root = (folder / relative).resolve(), folder.resolve()
+        inside = not Path(relative).is_absolute() and path.is_relative_to(root)
+        exists = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LayoutError(f"`{name}` must be a usable path, got {shown_value(relative)}: {error}.") from None
+    if not inside:
+        raise LayoutError(f"`{name}` must be a relative path inside the layout's folder, got {shown_value(relative)}.")
+    if not exists:
+        raise ImageInputError(
+            f"`{name}` must be a file that exists, got {shown_value(relative)} in {shown_value(str(folder))}."
+        )
+    return path
+
+
+def _object_to_json(obj: "SceneObject", pictures: "Path") -> "dict[str, Any]":
+    entry: "dict[str, Any]" = {}
+    for name in OBJECT_FIELDS:
+        value = getattr(obj, name)
+        if _is_default(name, value):
+            continue
+        if name in ("image", "mask"):
+            value = _save_picture(value, pictures)
+        entry[name] = list(value) if name == "box" else value
+    return entry
+
+
+def _save_picture(value: "Any", pictures: "Path") -> "str":
+    """Write a picture or a mask; its path relative to the folder of the layout."""
+    content = _picture_bytes(value)
+    picture = Image.fromarray((value.numpy() * 255).astype(np.uint8)) if isinstance(value, torch.Tensor) else value
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    pictures.mkdir(exist_ok=True)
+    name = f"{hashlib.sha256(content).hexdigest()[:20]}.png"
+    _write_atomically(pictures / name, encoded.getvalue())
+    return f"{pictures.name}/{name}"
+
+
+def _write_atomically(path: "Path", content: "bytes") -> "None":
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _picture_bytes(value: "Any") -> "bytes | None":
+    """What makes two pictures, or two masks, the same: kind, size and values."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return f"mask {tuple(value.shape)} ".encode() + value.numpy().astype(np.uint8).tobytes()
+    return f"{value.mode} {value.size} ".encode() + value.tobytes()
+
+
+def _plain_fields(obj: "SceneObject") -> "tuple[Any, ...]":
+    return obj.phrase, obj.box, obj.token, obj.scale, obj.order
+
+
+def _is_default(name: "str", value: "Any") -> "bool":
+    default = _OBJECT_DEFAULTS[name]
+    return value is None if default is None else value == default
+
+
+def _refuse_constant(text: "str") -> "None":
+    raise LayoutError(f"numbers must be finite, got {text}.")
+
+
+def _refuse_repeats(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise LayoutError(f"a key may occur only once, got {shown_value([key for key, _ in pairs])}.")
+    return data
+
+
+# --- objectcompose.pipelines.token_utils
+
+_WORD_END = "</w>"
+# What CLIP text encoders read, for a tokenizer that was saved without its limit.
+_CLIP_LENGTH = 77
+_UNLIMITED_LENGTH = 10**6
+_IRREGULAR_PLURALS = {
+    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth", "ox": "oxen", "knife": "knives", "wife": "wives", "life": "lives",
+    "wolf": "wolves", "leaf": "leaves", "shelf": "shelves", "half": "halves", "calf": "calves", "loaf": "loaves",
+    "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes",
+}  # fmt: skip
+_IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLURALS.items()}
+
+
+def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
+    """`text` with every learned placeholder of several vectors written out, as diffusers does before it encodes.
+
+    A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
+    "<cat-toy> <cat-toy>_1 <cat-toy>_2". Text that is written out already stays as it is.
+    """
+    added = tokenizer.get_added_vocab()
+    for token in added:
+        if token not in text or f"{token}_1" not in added:
+            continue
+        count = 1
+        while f"{token}_{count}" in added:
+            count += 1
+        written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
+        first = re.escape(token)
+        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", lambda _match, full=written_out: full, text)
+    return text
+
+
+def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
+    """The ids of the whole prompt with start and end tokens, neither padded nor truncated.
+
+    The end token is the last one, so its position is the length less one.
+
+    Raises:
+        LayoutError: `prompt` is not text.
+    """
+    check_text(prompt, "prompt", may_be_empty=True)
+    return list(tokenizer(expand_placeholders(tokenizer, prompt), truncation=False, verbose=False).input_ids)
+
+
+def max_prompt_length(tokenizer: "Any") -> "int":
+    """How many tokens the tokenizer's text encoder reads, start and end included (CLIP: 77)."""
+    length = int(tokenizer.model_max_length)
+    return _CLIP_LENGTH if length > _UNLIMITED_LENGTH else length
+
+
+def check_prompt_length(tokenizer: "Any", prompt: "str") -> "int":
+    """Number of tokens of the prompt, start and end included.
+
+    Raises:
+        PromptTooLongError: more tokens than the text encoder reads.
+    """
+    length, limit = len(prompt_token_ids(tokenizer, prompt)), max_prompt_length(tokenizer)
+    if length > limit:
+        raise PromptTooLongError(
+            f"`prompt` must have at most {limit} tokens (start and end included), got {length}: "
+            f"{shown_value(prompt)}. What lies beyond would not be read; shorten it."
+        )
+    return length
+
+
+def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int" = 0) -> "list[int]":
+    """Positions of a phrase's tokens in the encoded prompt.
+
+    Args:
+        tokenizer: a CLIP tokenizer, with any learned placeholders added to it.
+        prompt: the text as the user wrote it.
+        phrase: words that occur in the prompt in this order, or a placeholder. Case does not matter. If the words as
+            they are do not occur often enough, the last one may also stand in its English plural or singular.
+        occurrence: which of the places, 0 is the first; those in plural or singular come after the exact ones.
+
+    Returns:
+        Consecutive positions, start-of-text = 0, all below the text encoder's length.
+
+    Raises:
+        PhraseNotFoundError: names the closest matches.
+        PromptTooLongError: the prompt has more tokens than the text encoder reads.
+        LayoutError: an argument is not text.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    places = list(dict.fromkeys([*reader.exact_places(phrase), *reader.inflected_places(phrase)]))
+    if not 0 <= occurrence < len(places):
+        raise reader.not_found(phrase, found=len(places), wanted=occurrence + 1)
+    return list(range(*places[occurrence]))
+
+
+def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "list[list[int]]":
+    """Positions of several phrases, each at a place of its own.
+
+    A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
+    choose before shorter ones, so "bear" does not take the second word of "teddy bear", and exact words before words
+    in plural or singular.
+
+    Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+
+    Returns:
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    if isinstance(phrases, str):
+        raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
+    lengths = [len(reader.phrase_ids(phrase)) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -lengths[index])
+    chosen: "dict[int, tuple[int, int]]" = {}
+    for places_of in (reader.exact_places, reader.inflected_places):
+        for index in longest_first:
+            if index in chosen:
+                continue
+            free = (place for place in places_of(phrases[index]) if not _overlaps(place, chosen.values()))
+            place = next(free, None)
+            if place is not None:
+                chosen[index] = place
+    for index, phrase in enumerate(phrases):
+        if index not in chosen:
+            same = sum(phrases[other] == phrase for other in chosen)
+            raise reader.not_found(phrase, found=same, wanted=list(phrases).count(phrase))
+    return [list(range(*chosen[index])) for index in range(len(phrases))]
+
+
+def find_phrases_all(
+    tokenizers: "Sequence[Any]", prompts: "str | Sequence[str]", phrases: "Sequence[str]"
+) -> "list[list[list[int]]]":
+    """`find_phrases` for each of a model's tokenizers (SDXL has two).
+
+    Args:
+        tokenizers: the tokenizers in the order of the text encoders; None entries are left out.
+        prompts: the prompt of all encoders, or one per tokenizer.
+        phrases: as in `find_phrases`.
+
+    Returns:
+        For each tokenizer, one list of positions per phrase.
+
+    Raises:
+        LayoutError: another number of prompts than tokenizers; else as in `find_phrases`.
+    """
+    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    texts = [prompts] * len(tokenizers) if isinstance(prompts, str) else list(prompts)
+    if len(texts) != len(tokenizers):
+        raise LayoutError(f"`prompts` must be one per tokenizer ({len(tokenizers)}), got {len(texts)}.")
+    return [find_phrases(tokenizer, text, phrases) for tokenizer, text in zip(tokenizers, texts, strict=True)]
+
+
+class _PromptReader:
+    """One encoded prompt and where words begin and end in it."""
+
+    def __init__(self, tokenizer: "Any", prompt: "str") -> "None":
+        check_prompt_length(tokenizer, prompt)
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.ids = prompt_token_ids(tokenizer, prompt)
+        self.added = set(tokenizer.get_added_vocab())
+        pieces = tokenizer.convert_ids_to_tokens(self.ids)
+        # boundaries[i]: a phrase may begin at token i, or end before it.
+        self.boundaries = [True, *(self._ends_word(piece) for piece in pieces)]
+        for position in self._joints():
+            self.boundaries[position] = False
+
+    def phrase_ids(self, phrase: "str") -> "list[int]":
+        """The ids of a phrase on its own, without start and end."""
+        check_text(phrase, "phrase")
+        text = expand_placeholders(self.tokenizer, phrase)
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    def exact_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
+        """(start, stop) of each place where the words of the phrase stand as they are."""
+        wanted = self.phrase_ids(phrase)
+        # The first and the last token are the start and the end of the text, which no phrase names.
+        for start in range(1, len(self.ids) - len(wanted)):
+            stop = start + len(wanted)
+            if wanted and self.ids[start:stop] == wanted and self.boundaries[start] and self.boundaries[stop]:
+                yield start, stop
+
+    def inflected_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
+        """(start, stop) of each place where the last word of the phrase stands in its plural or singular."""
+        places = {place for variant in other_numbers(phrase) for place in self.exact_places(variant)}
+        return iter(sorted(places))
+
+    def not_found(self, phrase: "str", found: "int", wanted: "int") -> "PhraseNotFoundError":
+        """The error for a phrase with too few places, with what the prompt has instead."""
+        words = self.prompt.lower().split()
+        length = len(phrase.split())
+        spans = {
+            " ".join(words[start : start + count]).strip(".,;:!?()\"'")
+            for count in range(1, length + 2)
+            for start in range(len(words) - count + 1)
+        }
+        close = difflib.get_close_matches(phrase.lower(), sorted(spans), n=3, cutoff=0.5)
+        hint = f"closest: {', '.join(ascii(match) for match in close)}" if close else "nothing in it comes close"
+        rule = f"must occur in the prompt {wanted} time(s) at places of its own, found {found}"
+        return PhraseNotFoundError(f"`phrase` {shown_value(phrase)} {rule}: {shown_value(self.prompt)} ({hint}).")
+
+    def _ends_word(self, piece: "str") -> "bool":
+        return piece.endswith(_WORD_END) or piece in self.added or piece in self.tokenizer.all_special_tokens
+
+    def _joints(self) -> "Iterator[int]":
+        """Positions between two tokens that no white space parts and that are both letters or digits ("13", "dog2").
+
+        Words are encoded one by one to learn where white space was; if that does not give the ids of the whole prompt,
+        the tokenizer does more than CLIP's and only word-end marks are used.
+        """
+        words = expand_placeholders(self.tokenizer, self.prompt).split()
+        encoded = [self.tokenizer(word, add_special_tokens=False, verbose=False).input_ids for word in words]
+        if [token for ids in encoded for token in ids] != self.ids[1:-1]:
+            return
+        position = 1
+        for word, ids in zip(words, encoded, strict=True):
+            if len(ids) > 1 and not set(self.tokenizer.convert_ids_to_tokens(ids)) & self.added:
+                yield from (position + offset for offset in self._joints_of_word(word, len(ids)))
+            position += len(ids)
+
+    def _joints_of_word(self, word: "str", count: "int") -> "Iterator[int]":
+        """Offsets of tokens of one word that begin between two letters or digits."""
+        for cut in range(1, len(word)):
+            if word[cut - 1].isalnum() and word[cut].isalnum() and word[cut - 1].isnumeric() | word[cut].isnumeric():
+                before = self.tokenizer(word[:cut], add_special_tokens=False, verbose=False).input_ids
+                if 0 < len(before) < count:
+                    yield len(before)
+
+
+def other_numbers(phrase: "str") -> "list[str]":
+    """The phrase with its last word in the plural, and in the singular, by the rules of English spelling.
+
+    Spellings that do not exist may be among them ("glas"): they are only looked for, so they do no harm.
+    """
+    *head, last = phrase.lower().split() or [""]
+    forms = {_IRREGULAR_PLURALS.get(last, ""), _IRREGULAR_SINGULARS.get(last, "")}
+    if last and last[-1].isalpha():
+        forms |= {last + "s", last + "es"}
+        if last.endswith("y"):
+            forms.add(last[:-1] + "ies")
+        if last.endswith("s"):
+            forms.add(last[:-1])
+        if last.endswith("es"):
+            forms.add(last[:-2])
+        if last.endswith("ies"):
+            forms.add(last[:-3] + "y")
+    return [" ".join([*head, form]) for form in sorted(forms - {"", last})]
+
+
+def _overlaps(place: "tuple[int, int]", taken: "Any") -> "bool":
+    return any(place[0] < stop and start < place[1] for start, stop in taken)
+
+
+# --- objectcompose.pipelines.placement
+
+placement_logger = logging.get_logger(__name__)
+
+
+def place_phrases(
+    tokenizer: "Any",
+    prompts: "str | list[str] | None",
+    objects: "Any",
+    used: "Iterable[str]",
+    method: "str",
+) -> "list[list[PlacedObject]]":
+    """Find each object's phrase in its prompt.
+
+    Args:
+        tokenizer: the CLIP tokenizer of the text encoder.
+        prompts: one prompt or a list of B prompts.
+        objects: one list of `SceneObject`s (or dicts) for every prompt, or one list per prompt.
+        used: the fields of `SceneObject` that the method uses.
+        method: the method's name, for messages.
+
+    Returns:
+        B lists, one `PlacedObject` per object.
+
+    Raises:
+        MissingFieldError: an object has neither `phrase` nor `token`.
+        PhraseNotFoundError: a phrase does not occur in its prompt.
+        PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
+        ObjectComposeError: there is no prompt, or no tokenizer, to look in.
+    """
+    if prompts is None:
+        raise ObjectComposeError("`objects` needs `prompt`: phrases cannot be found in `prompt_embeds`.")
+    if tokenizer is None:
+        raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    rows = as_scene_objects(objects, len(texts))
+    used = tuple(used)
+    return [_place_row(tokenizer, text, row, used, method) for text, row in zip(texts, rows, strict=True)]
+
+
+def _place_row(
+    tokenizer: "Any",
+    prompt: "str",
+    objects: "Sequence[SceneObject]",
+    used: "tuple[str, ...]",
+    method: "str",
+) -> "list[PlacedObject]":
+    names = []
+    for index, item in enumerate(objects):
+        name = item.phrase if item.phrase is not None else item.token
+        if name is None:
+            raise MissingFieldError(f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none.")
+        names.append(name)
+    if not names:
+        return []
+    positions = find_phrases(tokenizer, prompt, names)
+    placed, seen = [], {}
+    for item, name, indices in zip(objects, names, positions, strict=True):
+        seen[name] = seen.get(name, 0) + 1
+        placed.append(
+            PlacedObject(
+                phrase=name,
+                label=name if seen[name] == 1 else f"{name} #{seen[name]}",
+                token_indices=tuple(indices),
+                box=item.box,
+                unused=tuple(object_fields_used(item, used if item.phrase is not None else (*used, "token"))),
+            )
+        )
+    return placed
+
+
+def warn_unused_fields(placed: "Sequence[Sequence[PlacedObject]]", method: "str", warned: "set[str]") -> "None":
+    """Warn of the fields that went unused and that are not in `warned` yet, and add them there."""
+    unused = {name for row in placed for item in row for name in item.unused} - warned
+    if unused:
+        warned |= unused
+        placement_logger.warning(
+            f"{method} cannot use these fields of `objects`, which change nothing: {', '.join(sorted(unused))}."
+        )
+
+
+# --- objectcompose.pipelines.pipeline_token_compose
+
+class TokenComposePipeline(
+    StableDiffusionStepsMixin,
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    IPAdapterMixin,
+    FromSingleFileMixin,
+):
+    """Text to picture with any checkpoint of the Stable Diffusion 1.x/2.x layout, in particular TokenCompose's.
+
+    Without `objects`, `parts` and `return_attention` a call returns bit for bit what `StableDiffusionPipeline` returns
+    with the same components, arguments and generator.
+
+    Args:
+        vae: decodes latents to pictures.
+        text_encoder: CLIP text model; None when calls give `prompt_embeds`.
+        tokenizer: CLIP tokenizer; None when calls give `prompt_embeds`.
+        unet: predicts noise (epsilon) or velocity, as the scheduler's `prediction_type` says.
+        scheduler: any of diffusers' Karras schedulers.
+        safety_checker: blacks out pictures; needs `feature_extractor`.
+        feature_extractor: prepares pictures for the safety checker and IP-Adapter.
+        image_encoder: embeds pictures for IP-Adapter.
+        requires_safety_checker: kept so that checkpoints of `StableDiffusionPipeline` load; nothing is enforced.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        vae: "AutoencoderKL",
+        text_encoder: "CLIPTextModel",
+        tokenizer: "CLIPTokenizer",
+        unet: "UNet2DConditionModel",
+        scheduler: "KarrasDiffusionSchedulers",
+        safety_checker: "StableDiffusionSafetyChecker | None" = None,
+        feature_extractor: "CLIPImageProcessor | None" = None,
+        image_encoder: "CLIPVisionModelWithProjection | None" = None,
+        requires_safety_checker: "bool" = True,
+    ):
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ObjectComposeError("`safety_checker` needs `feature_extractor`; give both or set both to None.")
+        modernize_scheduler(scheduler)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._warned_unused: "set[str]" = set()
+
+    def check_inputs(
+        self,
+        prompt: "str | list[str] | None",
+        height: "int",
+        width: "int",
+        *,
+        objects: "Any" = None,
+        parts: "Sequence[Any]" = (),
+        return_attention: "bool" = False,
+        attention_layers: "str | Sequence[str] | None" = None,
+        attention_steps: "Sequence[int] | None" = None,
+        num_inference_steps: "int" = 50,
+        timesteps: "list[int] | None" = None,
+        sigmas: "list[float] | None" = None,
+        guidance_scale: "float" = 7.5,
+        guidance_rescale: "float" = 0.0,
+        negative_prompt: "str | list[str] | None" = None,
+        num_images_per_prompt: "int" = 1,
+        eta: "float" = 0.0,
+        generator: "torch.Generator | list[torch.Generator] | None" = None,
+        latents: "torch.Tensor | None" = None,
+        prompt_embeds: "torch.Tensor | None" = None,
+        negative_prompt_embeds: "torch.Tensor | None" = None,
+        ip_adapter_image: "Any" = None,
+        ip_adapter_image_embeds: "list[torch.Tensor] | None" = None,
+        clip_skip: "int | None" = None,
+        cross_attention_kwargs: "dict[str, Any] | None" = None,
+        output_type: "str" = "pil",
+        callback_on_step_end: "Callable | None" = None,
+        callback_on_step_end_tensor_inputs: "Sequence[str] | None" = None,
+    ) -> "tuple[list[list[PlacedObject]], list[str]]":
+        """Refuse what a call cannot use, before any model runs. Arguments as in `__call__`.
+
+        Returns:
+            Per prompt the placed objects (empty lists without `objects`), and the names of the layers whose attention
+            is recorded (an empty list without `return_attention`).
+
+        Raises:
+            ObjectComposeError: or one of its subclasses, all of them `ValueError`; the message names the argument.
+        """
+        check_number("guidance_scale", guidance_scale)
+        check_number("guidance_rescale", guidance_rescale, minimum=0.0)
+        check_number("eta", eta, minimum=0.0)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_picture_size(height, width, self.vae_scale_factor)
+        check_output_type(output_type)
+        num_steps = check_schedule(self.scheduler, num_inference_steps, timesteps, sigmas)
+        use_guidance = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        batch_size = check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, use_guidance)
+        check_clip_skip(clip_skip, self.text_encoder)
+        check_image_prompt(self, ip_adapter_image, ip_adapter_image_embeds, use_guidance)
+        num_images = batch_size * num_images_per_prompt
+        check_noise(self, generator, latents, num_images, self.latent_size(height, width))
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
+            raise ObjectComposeError(f"`cross_attention_kwargs` must be a dict, got {cross_attention_kwargs!r}.")
+
+        check_parts(parts)
+        with use_parts(self.unet, parts):  # refuses what cannot be installed, and takes the rest off again
+            pass
+        placed: "list[list[PlacedObject]]" = [[] for _ in range(batch_size)]
+        if objects is not None:
+            placed = place_phrases(self.tokenizer, prompt, objects, ("phrase",), type(self).__name__)
+        if not return_attention:
+            for name, value in (("attention_layers", attention_layers), ("attention_steps", attention_steps)):
+                if value is not None:
+                    raise ObjectComposeError(f"`{name}` needs `return_attention=True`, got {value!r} without it.")
+            return placed, []
+        if not any(placed):
+            raise MissingFieldError("`return_attention=True` needs `objects` with a `phrase` each, got no object.")
+        check_attention_steps(attention_steps, num_steps)
+        return placed, phrase_map_layers(self.unet, attention_layers)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: "str | list[str] | None" = None,
+        height: "int | None" = None,
+        width: "int | None" = None,
+        num_inference_steps: "int" = 50,
+        timesteps: "list[int] | None" = None,
+        sigmas: "list[float] | None" = None,
+        guidance_scale: "float" = 7.5,
+        negative_prompt: "str | list[str] | None" = None,
+        num_images_per_prompt: "int | None" = 1,
+        eta: "float" = 0.0,
+        generator: "torch.Generator | list[torch.Generator] | None" = None,
+        latents: "torch.Tensor | None" = None,
+        prompt_embeds: "torch.Tensor | None" = None,
+        negative_prompt_embeds: "torch.Tensor | None" = None,
+        ip_adapter_image: "PipelineImageInput | None" = None,
+        ip_adapter_image_embeds: "list[torch.Tensor] | None" = None,
+        output_type: "str" = "pil",
+        return_dict: "bool" = True,
+        cross_attention_kwargs: "dict[str, Any] | None" = None,
+        guidance_rescale: "float" = 0.0,
+        clip_skip: "int | None" = None,
+        callback_on_step_end: "Callable | PipelineCallback | MultiPipelineCallbacks | None" = None,
+        callback_on_step_end_tensor_inputs: "Sequence[str]" = ("latents",),
+        objects: "Any" = None,
+        parts: "Sequence[Any]" = (),
+        return_attention: "bool" = False,
+        attention_layers: "str | Sequence[str] | None" = None,
+        attention_steps: "Sequence[int] | None" = None,
+    ) -> "ComposeOutput | tuple":
+        """Sample pictures.
+
+        Args:
+            prompt: one prompt or a list of B prompts.
+            height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
+            width: as `height`.
+            num_inference_steps: number of denoising steps.
+            timesteps: custom timesteps, descending, instead of `num_inference_steps`, for schedulers that take them.
+            sigmas: custom noise levels, likewise.
+            guidance_scale: strength of classifier-free guidance; up to 1 there is none, nor a `negative_prompt`.
+            negative_prompt: what to steer away from; one text for all prompts or one each.
+            num_images_per_prompt: pictures per prompt (n).
+            eta: DDIM's noise share in [0, 1]; schedulers without it ignore it.
+            generator: source of noise; one for all pictures or a list of B * n.
+            latents: noise from N(0, 1), shape `(B * n, C, height / f, width / f)`, f the VAE's factor.
+            prompt_embeds: encoded prompts `(B, L, C)` instead of `prompt`.
+            negative_prompt_embeds: encoded negative prompts, same shape.
+            ip_adapter_image: one picture (or list) per loaded IP-Adapter.
+            ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
+            output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
+            return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+            cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
+            guidance_rescale: see `rescale_guided_noise`.
+            clip_skip: how many of the text encoder's last layers to skip.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
+                return tensors that replace the loop's.
+            callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+            objects: `SceneObject`s or dicts, one list for all prompts or one per prompt. Each needs a `phrase` that
+                occurs in the prompt; a box is kept for plots; everything else is listed as unused.
+            parts: attention parts of other methods, installed while the loop runs and removed after it.
+            return_attention: return a map for each object's phrase.
+            attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle
+                and the decoder.
+            attention_steps: step indices (from 0) to average over. Default: all.
+
+        Returns:
+            `ComposeOutput`, or a tuple of its four fields with `return_dict=False`.
+
+        Raises:
+            ObjectComposeError: (a `ValueError`) for input it cannot use, before any model runs.
+        """
+        # 0. Defaults
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
+        if height is None or width is None:
+            default_height, default_width = self.default_size()
+            if getattr(latents, "ndim", None) == 4:
+                default_height, default_width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+            height = default_height if height is None else height
+            width = default_width if width is None else width
+
+        # 1. Refuse bad input; find the phrases
+        placed, map_layers = self.check_inputs(
+            prompt,
+            height,
+            width,
+            objects=objects,
+            parts=parts,
+            return_attention=return_attention,
+            attention_layers=attention_layers,
+            attention_steps=attention_steps,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
+            clip_skip=clip_skip,
+            cross_attention_kwargs=cross_attention_kwargs,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        warn_unused_fields(placed, type(self).__name__, self._warned_unused)
+        self.set_call_state(guidance_scale, guidance_rescale, clip_skip, cross_attention_kwargs)
+        device = self._execution_device
+        placed = [row for row in placed for _ in range(num_images_per_prompt)]  # per prompt -> per picture
+        num_images = len(placed)
+
+        # 2. Encode prompts and image prompts; under guidance the batch is [uncond, cond]
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=None if cross_attention_kwargs is None else cross_attention_kwargs.get("scale"),
+            clip_skip=clip_skip,
+        )
+        if self.do_classifier_free_guidance:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        added_cond_kwargs = None
+        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
+            )
+            added_cond_kwargs = {"image_embeds": image_embeds}
+
+        # 3. Timesteps
+        timesteps, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(timesteps)
+
+        # 4. Latents, and what scheduler and UNet want besides
+        latents = self.prepare_latents(
+            num_images, self.unet.config.in_channels, height, width, prompt_embeds.dtype, device, generator, latents
+        )
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        timestep_cond = self.prepare_timestep_cond(num_images, device, latents.dtype)
+
+        # 5. Attention parts: the caller's, and the probe behind `return_attention`
+        recorder = PhraseMapRecorder(placed, map_layers, latents.shape[-2:]) if return_attention else None
+        all_parts = [*parts] if recorder is None else [*parts, recorder.probe]
+        recorded_steps = None if attention_steps is None else set(attention_steps)
+
+        # 6. Denoising loop
+        with use_parts(self.unet, all_parts), self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                # a callback may have changed the guidance scale, hence asked anew in each step
+                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+                if recorder is not None:
+                    recorder.measure_rows(is_guided=self.do_classifier_free_guidance)
+
+                noise_pred = self.unet(
+                    latent_model_input,
+                    t,
+                    encoder_hidden_states=prompt_embeds,
+                    timestep_cond=timestep_cond,
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    added_cond_kwargs=added_cond_kwargs,
+                    return_dict=False,
+                )[0]
+                if recorder is not None:
+                    if recorded_steps is None or i in recorded_steps:
+                        recorder.record()
+                    else:
+                        recorder.discard()
+
+                noise_pred = self.guide(noise_pred)
+                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        # 7. Decode, and let the models go back to where offloading keeps them
+        images, nsfw = self.decode_to_output(latents, output_type, generator, device, prompt_embeds.dtype)
+        self.maybe_free_model_hooks()
+
+        output = ComposeOutput(
+            images=images,
+            nsfw_content_detected=nsfw,
+            objects=None if objects is None else placed,
+            attention=None if recorder is None else recorder.mean_maps(),
+        )
+        if not return_dict:
+            return output.images, output.nsfw_content_detected, output.objects, output.attention
+        return output

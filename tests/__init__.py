@@ -1,0 +1,1 @@
+"""Tests of objectcompose; the folders mirror the rooms of the package."""

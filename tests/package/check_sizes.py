@@ -1,0 +1,27 @@
+"""Tracked files must stay small, so that a clone is quick: `make quality` runs this."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+MAX_TOTAL_BYTES = 48 * 2**20
+MAX_FILE_BYTES = 15 * 10**6
+
+
+def main() -> int:
+    root = Path(__file__).resolve().parents[2]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True).stdout.decode()
+    sizes = {name: (root / name).stat().st_size for name in listed.split("\0") if name and (root / name).is_file()}
+    total = sum(sizes.values())
+    failures = [
+        f"{name}: {size} bytes, above {MAX_FILE_BYTES}" for name, size in sizes.items() if size > MAX_FILE_BYTES
+    ]
+    if total >= MAX_TOTAL_BYTES:
+        failures.append(f"tracked files: {total} bytes, not below {MAX_TOTAL_BYTES}")
+    print("\n".join(failures) or f"{len(sizes)} tracked files, {total / 2**20:.1f} MiB")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Turned off, the pipeline is `StableDiffusionPipeline`, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import SDCFGCutoffCallback
+
+from tests.pipelines.helpers import add_ip_adapter, both_pipelines, ip_embeds, sample, seeded
+from tests.tiny import TEXT_WIDTH, tiny_components
+
+
+def assert_same(plain, ours, **arguments):
+    """Both calls get equal arguments; generators are made anew by `sample` or by a function."""
+
+    def call(pipeline):
+        return sample(
+            pipeline, **{k: v() if callable(v) and k != "callback_on_step_end" else v for k, v in arguments.items()}
+        )
+
+    expected, found = call(plain), call(ours)
+    assert expected.images.shape == found.images.shape
+    assert torch.equal(expected.images, found.images)
+    assert found.objects is None and found.attention is None
+    return found.images
+
+
+def embeds(rows, tokens=77):
+    return torch.randn(rows, tokens, TEXT_WIDTH, generator=seeded(3))
+
+
+CASES = {
+    "plain": {},
+    "no guidance": {"guidance_scale": 1.0},
+    "batch of two": {"prompt": ["a dog", "a red cup on the table"]},
+    "two pictures each": {"prompt": ["a dog", "a cat"], "num_images_per_prompt": 2},
+    "a generator each": {"prompt": ["a dog", "a cat"], "generator": lambda: [seeded(1), seeded(2)]},
+    "non-square": {"height": 40, "width": 24},
+    "negative prompt": {"negative_prompt": "a teddy bear"},
+    "negative prompts": {"prompt": ["a dog", "a cat"], "negative_prompt": ["blue", "a bird"]},
+    "negative prompt unguided": {"negative_prompt": "blue", "guidance_scale": 0.5},
+    "guidance rescale": {"guidance_rescale": 0.7},
+    "eta": {"eta": 0.6},
+    "latents": {"latents": lambda: torch.randn(1, 4, 16, 16, generator=seeded(4))},
+    "embeddings": {"prompt": None, "prompt_embeds": lambda: embeds(2), "negative_prompt_embeds": lambda: -embeds(2)},
+    "embeddings, no negative": {"prompt": None, "prompt_embeds": lambda: embeds(1)},
+    "short embeddings": {"prompt": None, "prompt_embeds": lambda: embeds(1, 9), "num_images_per_prompt": 2},
+    "embeddings unguided": {"prompt": None, "prompt_embeds": lambda: embeds(1), "guidance_scale": 1.0},
+    "long prompt": {"prompt": "a dog and a cat " * 30},
+    "latent output": {"output_type": "latent"},
+    "empty prompt": {"prompt": ""},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_stable_diffusion(case):
+    assert_same(*both_pipelines(), **CASES[case])
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1, 2])
+def test_same_with_clip_skip(clip_skip):
+    plain, ours = both_pipelines()
+    images = sample(ours, clip_skip=clip_skip).images
+    if not hasattr(plain.text_encoder, "text_model"):
+        # transformers 5 has no inner model any more, which breaks the plain pipeline's `clip_skip`: lend it one
+        plain.text_encoder.__dict__["text_model"] = plain.text_encoder
+    assert torch.equal(sample(plain, clip_skip=clip_skip).images, images)
+    assert torch.equal(sample(ours).images, images) == (clip_skip == 0)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_same_for_both_layouts_and_predictions(kind, prediction_type):
+    scheduler = DDIMScheduler.from_config(tiny_components()["scheduler"].config, prediction_type=prediction_type)
+    assert_same(*both_pipelines(kind, scheduler=scheduler), guidance_rescale=0.3)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LCMScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_same_with_schedulers(scheduler):
+    extra = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}  # as in Stable Diffusion 1.x
+    plain, ours = both_pipelines(scheduler=scheduler.from_config(tiny_components()["scheduler"].config, **extra))
+    assert_same(plain, ours, num_inference_steps=3)
+
+
+def test_same_with_custom_schedules():
+    plain, ours = both_pipelines(scheduler=EulerDiscreteScheduler())
+    assert_same(plain, ours, timesteps=[801, 401, 1])
+    assert_same(plain, ours, sigmas=[7.0, 2.0, 0.5, 0.0])
+
+
+def test_old_scheduler_configs_are_treated_alike():
+    components = [{"scheduler": DDIMScheduler(steps_offset=0, clip_sample=True)} for _ in range(2)]
+    plain, ours = both_pipelines(**components[0])[0], both_pipelines(**components[1])[1]
+    assert ours.scheduler.config.steps_offset == 1 and ours.scheduler.config.clip_sample is False
+    assert_same(plain, ours)
+
+
+def test_same_with_callbacks():
+    plain, ours = both_pipelines()
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), tuple(tensors), tensors["prompt_embeds"].shape, pipeline.num_timesteps))
+        return {"latents": tensors["latents"] * 0.9, "prompt_embeds": tensors["prompt_embeds"] * 1.1}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    assert_same(plain, ours, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert len(seen) == 4 and seen[:2] == seen[2:]
+
+
+def test_same_when_a_callback_cuts_guidance_off():
+    plain, ours = both_pipelines()
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    assert_same(plain, ours, callback_on_step_end=cutoff, num_inference_steps=3)
+
+
+def test_same_when_a_callback_interrupts():
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 1
+        return tensors
+
+    plain, ours = both_pipelines()
+    stopped = assert_same(plain, ours, callback_on_step_end=stop, num_inference_steps=4)
+    assert not torch.equal(stopped, sample(ours, num_inference_steps=4).images)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_same_with_ip_adapter_embeddings(guidance_scale):
+    plain, ours = both_pipelines()
+    add_ip_adapter(ours.unet)
+    embeddings = ip_embeds(guidance_scale > 1)
+    for count in (1, 2):
+        assert_same(
+            plain, ours, ip_adapter_image_embeds=embeddings, guidance_scale=guidance_scale, num_images_per_prompt=count
+        )
+
+
+def test_same_with_lora():
+    peft = pytest.importorskip("peft")
+    plain, ours = both_pipelines()
+    without = sample(ours).images
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    ours.unet.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    text_targets = ["q_proj", "v_proj"]
+    ours.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=text_targets, init_lora_weights=False))
+    assert not torch.equal(assert_same(plain, ours), without)
+    halved = assert_same(plain, ours, cross_attention_kwargs={"scale": 0.5})
+    assert not torch.equal(halved, sample(ours).images)
+
+
+def test_same_with_a_distilled_unet():
+    config = {**tiny_components()["unet"].config, "time_cond_proj_dim": 9}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(config)
+    plain, ours = both_pipelines(unet=unet)
+    assert_same(plain, ours, guidance_scale=3.0)
+
+
+def test_same_with_textual_inversion():
+    plain, ours = both_pipelines()
+    ours.load_textual_inversion(torch.randn(2, TEXT_WIDTH, generator=seeded(8)), token="<pet>")
+    assert_same(plain, ours, prompt="a <pet> on the table")
+    found = sample(ours, "a <pet> on the table", objects=[{"phrase": "<pet>"}])
+    assert found.objects[0][0].token_indices == (2, 3)  # the second vector was written out
+
+
+def test_half_precision_is_the_same():
+    plain, ours = both_pipelines()
+    ours.to(dtype=torch.bfloat16)
+    images = assert_same(plain, ours)
+    assert torch.isfinite(images).all()
+
+
+def test_freeu_and_fused_projections_are_the_same():
+    plain, ours = both_pipelines()
+    ours.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert_same(plain, ours)
+    ours.disable_freeu()
+    ours.fuse_qkv_projections()
+    assert_same(plain, ours)
+    ours.unfuse_qkv_projections()
+    assert_same(plain, ours)

@@ -1,0 +1,1 @@
+"""The small world that everything is proven on: object pictures, scenes, judge and weights."""

@@ -1,0 +1,1 @@
+"""Training scripts on accelerate and what they share."""

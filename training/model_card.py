@@ -1,0 +1,129 @@
+"""The card beside trained weights: what it stands on, under which licences, on which data, how made, how good."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from objectcompose.errors import ObjectComposeError
+from objectcompose.training.files import write_atomically
+
+
+@dataclass(frozen=True)
+class CardFigure:
+    """One measured number.
+
+    Attributes:
+        name: what was measured.
+        value: the number, already with its unit and rounding.
+        protocol: how: prompts, split, seeds, steps.
+        command: what to type to get it again.
+    """
+
+    name: str
+    value: str
+    protocol: str
+    command: str
+
+
+@dataclass(frozen=True)
+class ModelCardFacts:
+    """What a card must say; every text field is required.
+
+    Attributes:
+        title: heading of the card.
+        summary: what the weights are, and what they are not, in a paragraph. Limits come first here.
+        base_model: id of the base and its version or hash; "trained from scratch" when there is none.
+        base_license: licence of the base.
+        code_license: licence of the code, an SPDX identifier.
+        weights_license: licence of the weights, an identifier that the Hub knows.
+        data: what it was trained on.
+        data_license: under which licences that data stands.
+        command: the training command.
+        commit: the commit that the training ran from.
+        figures: what was measured; empty when nothing was.
+        tags: tags for the Hub.
+    """
+
+    title: str
+    summary: str
+    base_model: str
+    base_license: str
+    code_license: str
+    weights_license: str
+    data: str
+    data_license: str
+    command: str
+    commit: str
+    figures: Sequence[CardFigure] = ()
+    tags: Sequence[str] = ("diffusers", "text-to-image", "objectcompose")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not value.strip():
+                raise ObjectComposeError(f"`{name}` must say something, got {value!r}.")
+
+
+def figures_from_result(result: Mapping[str, Any], names: Sequence[str]) -> list[CardFigure]:
+    """Figures of a result file (`evaluation/results.py`), with their intervals where they have one.
+
+    Args:
+        result: the JSON object of the file.
+        names: metrics to show, in this order.
+
+    Raises:
+        ObjectComposeError: a metric is not in the file.
+    """
+    metrics, figures = result["metrics"], []
+    for name in names:
+        if name not in metrics:
+            raise ObjectComposeError(f"`names` must be metrics of {result['name']!r}, got {name!r}.")
+        value = _number_text(metrics[name])
+        if f"{name}.lo" in metrics:
+            value += f" [{_number_text(metrics[f'{name}.lo'])}, {_number_text(metrics[f'{name}.hi'])}]"
+        figures.append(CardFigure(name, value, f"{result['protocol']} ({result['device']})", result["command"]))
+    return figures
+
+
+def model_card_text(facts: ModelCardFacts) -> str:
+    """The card as Markdown with the Hub's metadata on top."""
+    data = ModelCardData(
+        license=facts.weights_license, library_name="diffusers", pipeline_tag="text-to-image", tags=list(facts.tags)
+    )
+    lines = [
+        f"# {facts.title}",
+        facts.summary,
+        "## Where it comes from",
+        f"- Base model: {facts.base_model} (licence: {facts.base_license})\n"
+        f"- Data: {facts.data} (licence: {facts.data_license})\n"
+        f"- Licence of the weights: {facts.weights_license}; of the code: {facts.code_license}",
+        "## How it was trained",
+        f"```\n{facts.command}\n```",
+        f"at commit {facts.commit}.",
+        "## What was measured",
+        _figure_table(facts.figures),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def write_model_card(folder: str | Path, facts: ModelCardFacts) -> Path:
+    """Write `README.md` into the folder of the weights and return its path."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, model_card_text(facts).encode())
+    return path
+
+
+def _figure_table(figures: Sequence[CardFigure]) -> str:
+    if not figures:
+        return "Nothing yet."
+    rows = [[figure.name, figure.value, figure.protocol, f"`{figure.command}`"] for figure in figures]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    header = ["figure", "value", "protocol", "command"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * 4, *cells])
+
+
+def _number_text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
