@@ -1,12 +1,12 @@
 """Branch parts: attention to further keys and values (image tokens), beside the layer's own.
 
 An adding branch adds its attention wherever its regions let it; a replacing branch takes the place of the text inside
-its
-regions: `T * (1 - R) + R * (gamma * T + B)`. A region ties the tokens of one object to the cells of its region.
+its regions: `T * (1 - R) + R * (gamma * T + B)`. A region ties the tokens of one object to its cells.
 
 Objects are attended in one call. Where regions are exclusive, that is one softmax over all objects' keys under a
-boolean table; where they overlap, either the objects compete in one softmax (`overlap="joint"`), or each object has its own softmax
-(objects folded into the batch) and the results are averaged by the regions' weights (`overlap="folded"`).
+boolean table; where they overlap, either the objects compete in one softmax (`overlap="joint"`), or each object has
+its own softmax (objects folded into the batch) and the results are averaged by the regions' weights
+(`overlap="folded"`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KeysValues = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class _BranchGrid:
-    """A branch's regions on one grid: `weights` (r, N, Q), `coverage` (r, Q, 1) and whether cells have several owners."""
+    """A branch's regions on one grid: `weights` (r, N, Q), `coverage` (r, Q, 1), and whether cells are shared."""
 
     weights: torch.Tensor
     coverage: torch.Tensor
@@ -189,7 +189,8 @@ class Branch:
         num_objects = self._object_count(call)
         if key.shape[1] % num_objects:
             raise PartConflictError(
-                f"`keys_values` of layer {call.name} has {key.shape[1]} tokens, not a multiple of {num_objects} objects."
+                f"`keys_values` of layer {call.name} has {key.shape[1]} tokens, not a multiple of {num_objects}"
+                " objects."
             )
         key, value = key.to(call.query), value.to(call.query)
         if isinstance(self.scale, torch.Tensor) and self.scale.ndim > 0:  # linear, so it may act on the values
@@ -260,7 +261,7 @@ def check_replacing_branches(
         both = taken & own
         if both.any():
             raise PartConflictError(
-                f'two branches with mode="replace" act on one cell ({int(both.sum())} cells of a grid of {num_tokens});'
+                f'two branches with mode="replace" act on one cell ({int(both.sum())} of {num_tokens} cells);'
                 " make their regions exclusive, or let one of them add."
             )
         taken |= own

@@ -162,7 +162,7 @@ def _compose_processor(name: str, parts: tuple[Any, ...], current: Any) -> Compo
 
 
 def _exchange_processor(module: Any, processor: Any) -> None:
-    """Set a processor; one that is a module and is kept by the new one stays in the tree, so offloading still moves it."""
+    """Set a processor; a module that the new one keeps stays in the tree, so that offloading still moves it."""
     if _KEPT_MODULE_NAME in module._modules:
         del module._modules[_KEPT_MODULE_NAME]
     if "processor" in module._modules:

@@ -4,8 +4,8 @@
   which made the published numbers: the token ratio per head before the mean over heads, and the pixel loss over
   supervised objects only, once per resolution. `head_mode="map_mean"` is the form of the paper.
 - `separate_loss`, `enhance_loss`: Separate-and-Enhance (arXiv 2312.06712). Both are minimised. For three and more
-  objects the overlap is the worst pair's, since a product over all objects vanishes although two overlap fully; `reduce="joint"` is the
-  written formula.
+  objects the overlap is the worst pair's, since a product over all objects vanishes although two overlap fully;
+  `reduce="joint"` is the written formula.
 - `mask_reward_loss`, `mask_penalty_loss`: MIFO (arXiv 2511.00542), learning, equations 1 and 2.
 - `box_masses`, `box_reward_loss`, `box_penalty_loss`: MIFO, synthesis, equations 6 to 10.
 
@@ -255,7 +255,7 @@ def box_reward_loss(inside: torch.Tensor, outside: torch.Tensor, background_fact
 
 
 def box_penalty_loss(outside: torch.Tensor) -> torch.Tensor:
-    """Out-of-box penalty `log(1 + G)` (MIFO, equation 10), float32 `(B, S)` from 0; `outside` as in `box_reward_loss`."""
+    """Out-of-box penalty `log(1 + G)` (MIFO, equation 10), float32 `(B, S)`; `outside` as in `box_reward_loss`."""
     return torch.log1p(outside.float())
 
 
@@ -274,7 +274,8 @@ def _owners_and_weights(
     owner = owner.expand(batch_size, -1, -1) if owner.ndim == 2 else owner
     if owner.shape[:2] != (batch_size, num_tokens):
         raise ObjectComposeError(
-            f"`owners` must have shape ({num_tokens}, N) or ({batch_size}, {num_tokens}, N), got {tuple(owners.shape)}."
+            f"`owners` must have shape ({num_tokens}, N) or ({batch_size}, {num_tokens}, N),"
+            f" got {tuple(owners.shape)}."
         )
     if present is None:
         return owner, (owner.sum(1) > 0).float()
@@ -285,7 +286,8 @@ def _object_masks(masks: Any, num_tokens: int, owner: torch.Tensor) -> torch.Ten
     mask = region_weights(masks, num_tokens, owner.device)
     if mask.shape[0] not in (1, owner.shape[0]) or mask.shape[1] != owner.shape[2]:
         raise RegionError(
-            f"`masks` must be of {owner.shape[2]} objects in 1 or {owner.shape[0]} rows, got {mask.shape[1]} in {mask.shape[0]}."
+            f"`masks` must be of {owner.shape[2]} objects in 1 or {owner.shape[0]} rows,"
+            f" got {mask.shape[1]} in {mask.shape[0]}."
         )
     return mask.expand(owner.shape[0], -1, -1)
 

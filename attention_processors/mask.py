@@ -21,9 +21,8 @@ def region_weights(regions: Any, num_tokens: int, device: torch.device | str | N
     """Regions on the grid that has `num_tokens` cells, flattened.
 
     Args:
-        regions: a float tensor `(N, h, w)` or `(B, N, h, w)` (or already flat, `(N, h*w)` is not accepted: a grid is
-            two axes), a mapping from the number of cells to such a tensor, or an object with `at_tokens(num_tokens)`
-            that returns one. Values in [0, 1], 1 = inside.
+        regions: a float tensor `(N, h, w)` or `(B, N, h, w)`, a mapping from the number of cells to such a tensor, or
+            an object with `at_tokens(num_tokens)` that returns one. Values in [0, 1], 1 = inside.
         num_tokens: cells of the attention layer's grid.
         device: where the result lives; the regions' own device when None.
 
@@ -45,7 +44,7 @@ def region_weights(regions: Any, num_tokens: int, device: torch.device | str | N
         raise RegionError(f"`regions` must have shape (N, h, w) or (B, N, h, w), got {tuple(grid.shape)}.")
     if grid.shape[-2] * grid.shape[-1] != num_tokens:
         raise RegionError(
-            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit an attention layer of {num_tokens} cells;"
+            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit a layer of {num_tokens} cells;"
             " pass one grid per resolution or an object with `at_tokens`."
         )
     flat = grid.flatten(-2).to(device=device, dtype=torch.float32)
@@ -73,7 +72,7 @@ class GroupedVisibility:
 
     @classmethod
     def from_regions(cls, members: torch.Tensor) -> GroupedVisibility:
-        """The box rule for `members`, bool `(N, Q)`: own regions and background for a region's cell, else everything."""
+        """The box rule for `members`, bool `(N, Q)`: a region's cell sees its own and the background."""
         members = members.detach().cpu()
         patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
         background_keys = ~members.any(0)  # (Q,)

@@ -102,7 +102,7 @@ class AttentionCall:
         )
 
     def attend(self, value: torch.Tensor) -> torch.Tensor:
-        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`; fused."""
+        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`."""
         if self.groups is not None:
             return self._attend_groups(value)
         if self.bias is None:

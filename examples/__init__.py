@@ -1,1 +1,1 @@
-"""One script per method, each ending in a saved picture."""
+"""Scripts that end in a picture, and the gallery that they share."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
 from objectcompose.layout import SceneObject, load_layout
@@ -119,16 +120,17 @@ def load_checkpoint(model: str | None = None, device: str | None = None) -> Toke
     if looks_local and not (Path(source).expanduser() / "model_index.json").is_file():
         raise CheckpointError(f"`--model` {source!r} is no checkpoint folder: it has no model_index.json.")
     try:
-        with _without_component_notes():
-            pipeline = TokenComposePipeline.from_pretrained(str(Path(source).expanduser()) if looks_local else source)
+        with _quiet_loading(looks_local):
+            # weights as safetensors only: unpickling a stranger's file runs code
+            path = str(Path(source).expanduser()) if looks_local else source
+            pipeline = TokenComposePipeline.from_pretrained(path, use_safetensors=True)
     except ObjectComposeError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"`--model` {source!r} cannot be loaded: {first_line}") from error
-    missing = [
-        name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipeline, name) is None
-    ]
+    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [name for name in needed if getattr(pipeline, name) is None]
     if missing:
         raise CheckpointError(f"`--model` {source!r} lacks {', '.join(missing)}.")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,8 +141,14 @@ def load_checkpoint(model: str | None = None, device: str | None = None) -> Toke
 
 
 @contextlib.contextmanager
-def _without_component_notes() -> Any:
-    """Quiet the libraries' notes about their own defaults while a checkpoint loads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+def _quiet_loading(is_quiet: bool) -> Iterator[None]:
+    """Hide the libraries' progress bars while a folder loads, which takes a moment; downloads keep theirs."""
+    libraries = [diffusers_logging, transformers_logging] if is_quiet else []
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
         yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

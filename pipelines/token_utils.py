@@ -45,7 +45,8 @@ def expand_placeholders(tokenizer: Any, text: str) -> str:
             count += 1
         written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
         first = re.escape(token)
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", lambda _match, full=written_out: full, text)
+        # Backslashes of the replacement are doubled because `sub` would read them as references.
+        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
     return text
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the attention core share: inputs, and attention computed the plain way, with whole softmax tables."""
+"""What the tests of the attention core share: inputs, and attention the plain way, with whole softmax tables."""
 
 from __future__ import annotations
 

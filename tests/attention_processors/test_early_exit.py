@@ -1,4 +1,4 @@
-"""Leaving the UNet early: the same probe values and gradients, and the full forward where an exception must not pass."""
+"""Leaving the UNet early: same probe values and gradients; the full forward where an exception must not pass."""
 
 from __future__ import annotations
 

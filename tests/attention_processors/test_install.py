@@ -112,8 +112,9 @@ def test_patterns_that_match_nothing_raise_before_anything_is_installed(wrong):
 
 def test_a_probe_of_self_attention_refuses_cross_attention_layers():
     unet, _ = unet_and_inputs("sd1")
-    with pytest.raises(LayerNotFoundError, match="self-attention"), use_parts(
-        unet, [RegionMassProbe(half_regions(), layers=r"attn2$")]
+    with (
+        pytest.raises(LayerNotFoundError, match="self-attention"),
+        use_parts(unet, [RegionMassProbe(half_regions(), layers=r"attn2$")]),
     ):
         pass
 
@@ -225,7 +226,9 @@ def test_lora_layers_keep_working():
     peft = pytest.importorskip("peft")
     unet, inputs = unet_and_inputs("sd1")
     plain = predict(unet, inputs)
-    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    unet.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    )
     with_lora = predict(unet, inputs)
     assert not torch.allclose(plain, with_lora)
     with use_parts(unet, neutral_parts(unet)):

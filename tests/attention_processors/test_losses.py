@@ -65,7 +65,7 @@ class TestTokenLoss:
         assert loss == 1 and maps.grad.eq(0).all()
 
     def test_tokens_objects_and_layers(self):
-        """Object 0 owns two tokens with shares 1 and 0.5, object 1 one token with share 0: (0.125 + 1) / 2 per layer."""
+        """Object 0 has two tokens with shares 1 and 0.5, object 1 one with share 0: (0.125 + 1) / 2 per layer."""
         columns = [[0.2, 0.2, 0.0, 0.0], [0.2, 0.0, 0.2, 0.0], [0.1, 0.1, 0.0, 0.0], [0.5, 0.1, 0.0, 0.0]]
         maps = torch.tensor(columns).T[None, None]  # the fourth token is padding
         owners = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])

@@ -105,9 +105,7 @@ def test_a_batch_equals_its_single_rows():
         predict(unet, inputs)
         together = dict(probe.maps)
         for row in range(3):
-            one = {
-                name: value[row : row + 1] if name != "timestep" else value for name, value in inputs.items()
-            }
+            one = {name: value[row : row + 1] if name != "timestep" else value for name, value in inputs.items()}
             predict(unet, one)
             for name, maps in probe.maps.items():
                 is_close(maps[0], together[name][row])
@@ -130,7 +128,7 @@ def test_token_lists_per_row_are_padded_with_zeros():
 @torch.no_grad()
 def test_more_regions_than_the_head_is_wide():
     unet, inputs = unet_and_inputs("sd1")
-    probe = RegionMassProbe(half_regions(4), layers=r"down_blocks.0.*attn1$")  # repeated below to more than a head holds
+    probe = RegionMassProbe(half_regions(4), layers=r"down_blocks.0.*attn1$")
     wide = RegionMassProbe(OneOf(half_regions(4), [0, 1, 2, 3] * 5), layers=r"down_blocks.0.*attn1$")
     with use_parts(unet, [probe, wide]):
         predict(unet, inputs)

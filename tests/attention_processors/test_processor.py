@@ -14,7 +14,10 @@ from objectcompose.errors import RegionError
 CASES = {
     "cross": ({"cross_attention_dim": 10}, False),
     "self": ({}, False),
-    "group norm, residual, rescaled": ({"norm_num_groups": 3, "residual_connection": True, "rescale_output_factor": 2.0}, True),
+    "group norm, residual, rescaled": (
+        {"norm_num_groups": 3, "residual_connection": True, "rescale_output_factor": 2.0},
+        True,
+    ),
     "4-D without norm": ({"bias": True, "out_bias": False}, True),
     "text layer norm": ({"cross_attention_dim": 10, "cross_attention_norm": "layer_norm"}, False),
     "text group norm": (

@@ -20,6 +20,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 # a room imports only from rooms to its left; grounding and toybox stand side by side
 LEFT_TO_RIGHT = [
     {"errors"},
+    {"layout_fields"},
     {"layout"},
     {"attention_processors"},
     {"adapters"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import (
@@ -16,8 +18,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from tests.pipelines.helpers import add_ip_adapter, both_pipelines, ip_embeds, sample, seeded
+from tests.pipelines.helpers import CLIP_WIDTH, add_ip_adapter, both_pipelines, ip_embeds, sample, seeded
 from tests.tiny import TEXT_WIDTH, tiny_components
 
 
@@ -202,3 +206,50 @@ def test_freeu_and_fused_projections_are_the_same():
     assert_same(plain, ours)
     ours.unfuse_qkv_projections()
     assert_same(plain, ours)
+
+
+def tiny_image_encoder():
+    config = CLIPVisionConfig(
+        hidden_size=12,
+        intermediate_size=17,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=CLIP_WIDTH,
+    )
+    torch.manual_seed(0)
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_same_with_ip_adapter_pictures(guidance_scale):
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    plain, ours = both_pipelines(image_encoder=tiny_image_encoder(), feature_extractor=extractor)
+    add_ip_adapter(ours.unet)
+    picture = PIL.Image.new("RGB", (20, 16), (200, 90, 10))
+    images = assert_same(plain, ours, ip_adapter_image=picture, guidance_scale=guidance_scale)
+    ours.set_ip_adapter_scale(0.0)
+    weaker = assert_same(plain, ours, ip_adapter_image=picture, guidance_scale=guidance_scale)
+    assert not torch.equal(images, weaker)
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_same_with_a_safety_checker(is_strict):
+    vision = {
+        "hidden_size": 12,
+        "intermediate_size": 17,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=CLIP_WIDTH)).eval()
+    checker.concept_embeds_weights.fill_(-2.0 if is_strict else 2.0)  # cosines above it are flagged
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    plain, ours = both_pipelines(safety_checker=checker, feature_extractor=extractor)
+    arguments = {"num_images_per_prompt": 2, "output_type": "np"}
+    expected, found = sample(plain, **arguments), sample(ours, **arguments)
+    assert expected.nsfw_content_detected == found.nsfw_content_detected == [is_strict] * 2
+    assert np.array_equal(expected.images, found.images) and (found.images == 0).all() == is_strict

@@ -82,7 +82,7 @@ class TestMasks:
     @pytest.mark.parametrize(
         ("rule", "cells"),
         [
-            # Rows of cells are 1.5 pixels high, columns 2 wide: shares (2 + 0.5) / 3, 0, 0.5 / 3 (left), 1 / 3 (right).
+            # Cells are 1.5 pixels high and 2 wide: shares (2 + 0.5) / 3, 0, 0.5 / 3 (left), 1 / 3 (right).
             ("area", [[2.5 / 3, 0], [0.5 / 3, 1 / 3]]),
             ("cover", [[1, 0], [1, 1]]),
             ("round", [[1, 0], [0, 0]]),

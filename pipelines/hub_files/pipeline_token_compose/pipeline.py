@@ -143,7 +143,7 @@ def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | st
         raise RegionError(f"`regions` must have shape (N, h, w) or (B, N, h, w), got {tuple(grid.shape)}.")
     if grid.shape[-2] * grid.shape[-1] != num_tokens:
         raise RegionError(
-            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit an attention layer of {num_tokens} cells;"
+            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit a layer of {num_tokens} cells;"
             " pass one grid per resolution or an object with `at_tokens`."
         )
     flat = grid.flatten(-2).to(device=device, dtype=torch.float32)
@@ -171,7 +171,7 @@ class GroupedVisibility:
 
     @classmethod
     def from_regions(cls, members: "torch.Tensor") -> "GroupedVisibility":
-        """The box rule for `members`, bool `(N, Q)`: own regions and background for a region's cell, else everything."""
+        """The box rule for `members`, bool `(N, Q)`: a region's cell sees its own and the background."""
         members = members.detach().cpu()
         patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
         background_keys = ~members.any(0)  # (Q,)
@@ -402,7 +402,7 @@ class AttentionCall:
         )
 
     def attend(self, value: "torch.Tensor") -> "torch.Tensor":
-        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`; fused."""
+        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`."""
         if self.groups is not None:
             return self._attend_groups(value)
         if self.bias is None:
@@ -786,7 +786,7 @@ def _compose_processor(name: "str", parts: "tuple[Any, ...]", current: "Any") ->
 
 
 def _exchange_processor(module: "Any", processor: "Any") -> "None":
-    """Set a processor; one that is a module and is kept by the new one stays in the tree, so offloading still moves it."""
+    """Set a processor; a module that the new one keeps stays in the tree, so that offloading still moves it."""
     if _KEPT_MODULE_NAME in module._modules:
         del module._modules[_KEPT_MODULE_NAME]
     if "processor" in module._modules:
@@ -1006,6 +1006,17 @@ def phrase_map_layers(unet: "Any", layers: "str | Sequence[str] | None") -> "lis
         LayerNotFoundError: the pattern chooses nothing, or a name is no cross-attention layer.
     """
     return match_layers(unet, DECODER_CROSS_LAYERS if layers is None else layers, kind="cross")
+
+
+def check_installable(unet: "Any", parts: "Sequence[Any]", map_layers: "Sequence[str]" = ()) -> "None":
+    """Put parts, and a probe on `map_layers`, onto the model and take them off again.
+
+    Raises:
+        LayerNotFoundError, PartConflictError: what `use_parts` raises, here before any long work.
+    """
+    probes = [TokenMapProbe([0], layers=list(map_layers))] if map_layers else []
+    with use_parts(unet, [*parts, *probes]):
+        pass
 
 
 def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
@@ -1807,7 +1818,7 @@ def check_picture(value: "Any", name: "str" = "image") -> "Image.Image":
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageInputError(f"`{name}` must be a readable picture: {error}.") from error
     picture.info.clear()  # colour profiles and comments would make equal pictures differ on disk
-    if picture.mode == "RGBA" and picture.getextrema()[3][1] == 0:
+    if picture.mode == "RGBA" and picture.getchannel("A").getextrema()[1] == 0:
         raise ImageInputError(f"`{name}` must show something, got an alpha channel that is 0 everywhere.")
     return picture
 
@@ -2027,13 +2038,13 @@ def check_canvas(objects: "Sequence[SceneObject]", height: "int", width: "int") 
         height, width: size of the picture in pixels.
 
     Raises:
-        RegionError: a mask's sides are in another proportion than the canvas' (more than one mask pixel off).
+        RegionError: a mask's sides are in another proportion than the canvas' (one mask pixel off or more).
     """
     for index, obj in enumerate(objects):
         if obj.mask is None:
             continue
         rows, columns = obj.mask.shape
-        if abs(rows * width - columns * height) > max(height, width):
+        if abs(rows * width - columns * height) >= max(height, width):
             raise RegionError(
                 f"`mask` must have the proportions of the canvas ({height}, {width}); "
                 f"objects[{index}] has a mask of shape ({rows}, {columns})."
@@ -2160,7 +2171,8 @@ def _coco_box(bbox: "Any", width: "Any", height: "Any") -> "tuple[float, float, 
 
 
 def _listing_prompt(objects: "Sequence[SceneObject]") -> "str":
-    things = [f"{'an' if obj.phrase[0] in 'aeiou' else 'a'} {obj.phrase}" for obj in objects]
+    names = [obj.phrase or "thing" for obj in objects]
+    things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
     if not things:
         return ""
     return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
@@ -2265,10 +2277,10 @@ def _write_atomically(path: "Path", content: "bytes") -> "None":
         raise
 
 
-def _picture_bytes(value: "Any") -> "bytes | None":
+def _picture_bytes(value: "Any") -> "bytes":
     """What makes two pictures, or two masks, the same: kind, size and values."""
     if value is None:
-        return None
+        return b""
     if isinstance(value, torch.Tensor):
         return f"mask {tuple(value.shape)} ".encode() + value.numpy().astype(np.uint8).tobytes()
     return f"{value.mode} {value.size} ".encode() + value.tobytes()
@@ -2745,8 +2757,6 @@ class TokenComposePipeline(
             raise ObjectComposeError(f"`cross_attention_kwargs` must be a dict, got {cross_attention_kwargs!r}.")
 
         check_parts(parts)
-        with use_parts(self.unet, parts):  # refuses what cannot be installed, and takes the rest off again
-            pass
         placed: "list[list[PlacedObject]]" = [[] for _ in range(batch_size)]
         if objects is not None:
             placed = place_phrases(self.tokenizer, prompt, objects, ("phrase",), type(self).__name__)
@@ -2754,11 +2764,14 @@ class TokenComposePipeline(
             for name, value in (("attention_layers", attention_layers), ("attention_steps", attention_steps)):
                 if value is not None:
                     raise ObjectComposeError(f"`{name}` needs `return_attention=True`, got {value!r} without it.")
+            check_installable(self.unet, parts)
             return placed, []
         if not any(placed):
             raise MissingFieldError("`return_attention=True` needs `objects` with a `phrase` each, got no object.")
         check_attention_steps(attention_steps, num_steps)
-        return placed, phrase_map_layers(self.unet, attention_layers)
+        map_layers = phrase_map_layers(self.unet, attention_layers)
+        check_installable(self.unet, parts, map_layers)
+        return placed, map_layers
 
     @torch.no_grad()
     def __call__(

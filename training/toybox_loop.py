@@ -1,0 +1,112 @@
+"""The loop that toybox's small models share: resumable, averaged, stopped by a step count or by the clock."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from objectcompose.toybox.categories import PRESETS, Preset
+from objectcompose.training.common import (
+    Checkpointer,
+    JsonlLogger,
+    collect_state,
+    create_ema,
+    progress_bar,
+    restore_state,
+)
+
+
+def toybox_parser(description: str, batch_size: int, steps: dict[str, int]) -> argparse.ArgumentParser:
+    """The arguments that every toybox trainer takes.
+
+    Args:
+        description: first line of the script's docstring.
+        batch_size: default batch size.
+        steps: default number of steps of each preset.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="size of the world")
+    parser.add_argument("--weights", type=Path, default=Path("examples/toybox"), help="where finished models lie")
+    parser.add_argument("--runs", type=Path, default=Path("runs/toybox"), help="checkpoints, logs and caches")
+    parser.add_argument("--steps", type=int, default=None, help=f"optimizer steps (default: {steps})")
+    parser.add_argument("--minutes", type=float, default=None, help="save and stop after this long; run again to go on")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="samples in a step")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and the order of the data")
+    parser.add_argument("--compile", action="store_true", help="compile the models (a minute's start, then faster)")
+    parser.set_defaults(default_steps=steps)
+    return parser
+
+
+def parse_toybox(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Preset, torch.device]:
+    """Parsed arguments, the preset, and the device to train on; seeds torch."""
+    args = parser.parse_args()
+    args.steps = args.steps or args.default_steps[args.preset]
+    args.runs = args.runs / args.preset
+    torch.manual_seed(args.seed)
+    return args, PRESETS[args.preset], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fit(
+    name: str,
+    model: torch.nn.Module,
+    loss_of_step: Callable[[int], torch.Tensor],
+    args: argparse.Namespace,
+    lr: float,
+    ema_decay: float = 0.999,
+    every: int = 250,
+) -> tuple[torch.nn.Module, int]:
+    """Train until `args.steps`, or for `args.minutes`, going on from the newest checkpoint.
+
+    Args:
+        name: of the run: names checkpoints and log.
+        model: module whose parameters are trained, on its device.
+        loss_of_step: from the step number (which fixes the batch) to a scalar loss.
+        args: of `toybox_parser`.
+        lr: peak learning rate; 3 % warm-up, then cosine to zero at `args.steps`.
+        ema_decay: of the average that is returned.
+        every: steps between checkpoints.
+
+    Returns:
+        A copy of the model with averaged weights, and the steps done.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=max(1, args.steps // 33), num_training_steps=args.steps
+    )
+    ema = create_ema(model, ema_decay)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    checkpoints, start, began = Checkpointer(args.runs / name), 0, time.monotonic()
+    device = next(model.parameters()).device
+    if (found := checkpoints.latest(device)) is not None:
+        start, state = found
+        restore_state(state, **parts)
+    ema.to(device)
+    step = start
+    log = JsonlLogger(args.runs / f"{name}.jsonl", resume_step=start)
+    with log, progress_bar(args.steps, start, name) as bar:
+        while step < args.steps:
+            loss = loss_of_step(step)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            ema.step(model.parameters())
+            step += 1
+            bar.update()
+            if step % 50 == 0:
+                log.log(step, loss=loss.item(), grad_norm=norm.item(), seconds=time.monotonic() - began)
+            over = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
+            if step % every == 0 or step == args.steps or over:
+                checkpoints.save(step, collect_state(**parts))
+            if over:
+                break
+    averaged = copy.deepcopy(model)
+    ema.copy_to(averaged.parameters())
+    return averaged.eval(), step

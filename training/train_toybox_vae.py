@@ -1,0 +1,58 @@
+"""Train toybox's autoencoder.
+
+    python -m objectcompose.training.train_toybox_vae --preset cpu --minutes 10      # run again to go on
+    python -m objectcompose.training.train_toybox_vae --preset gpu
+
+L1 on pixels and on their finite differences (which keeps outlines sharp), and a small KL term.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from objectcompose.toybox.models import build_vae
+from objectcompose.training.common import shuffled_batch
+from objectcompose.training.toybox_data import scene_pool
+from objectcompose.training.toybox_loop import fit, parse_toybox, toybox_parser
+
+
+KL_WEIGHT = 1e-5
+EDGE_WEIGHT = 0.5
+
+
+def edges(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finite differences of pictures (B, 3, H, W) along height and width."""
+    return pixels[..., 1:, :] - pixels[..., :-1, :], pixels[..., :, 1:] - pixels[..., :, :-1]
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """L1 on the values and on the edges of pictures in [-1, 1]."""
+    pairs = zip(edges(reconstruction), edges(pixels), strict=True)
+    return F.l1_loss(reconstruction, pixels) + EDGE_WEIGHT * sum(F.l1_loss(a, b) for a, b in pairs)
+
+
+def main() -> None:
+    """Command line."""
+    parser = toybox_parser(__doc__.splitlines()[0], batch_size=16, steps={"cpu": 2000, "gpu": 12_000})
+    parser.add_argument("--scenes", type=int, default=16_000, help="size of the pool of training scenes")
+    args, preset, device = parse_toybox(parser)
+    pool = scene_pool(preset, "train", args.scenes, args.runs / "pools")
+    vae = build_vae(preset).to(device)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        pixels = pool.images(shuffled_batch(step, len(pool.pixels), args.batch_size, args.seed), device) * 2 - 1
+        posterior = vae.encode(pixels).latent_dist
+        return reconstruction_loss(vae.decode(posterior.sample()).sample, pixels) + KL_WEIGHT * posterior.kl().mean()
+
+    averaged, step = fit("vae", vae, loss_of_step, args, lr=2e-3 if args.preset == "cpu" else 1e-3)
+    with torch.no_grad():
+        pixels = pool.images(torch.arange(256), device) * 2 - 1
+        latents = torch.cat([averaged.encode(part).latent_dist.mode() for part in pixels.split(32)])
+    averaged.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    averaged.half().save_pretrained(args.weights / "base" / "vae")
+    print(f"autoencoder after {step} steps: {args.weights / 'base' / 'vae'}")
+
+
+if __name__ == "__main__":
+    main()
