@@ -162,20 +162,25 @@ class Branch:
         if self._regions is None and self._present is None:
             return None
         if (num_tokens, device) not in self._grids:
-            weights = None if self._regions is None else region_weights(self._regions, num_tokens, device)
-            if self._present is not None:
-                present = self._present.to(device=device, dtype=torch.float32)
-                present = (present if present.ndim == 2 else present[None])[:, :, None]  # (r, N, 1)
-                if weights is None:
-                    weights = present.expand(-1, -1, num_tokens)
-                elif present.shape[1] != weights.shape[1]:
-                    raise RegionError(f"`present` names {present.shape[1]} objects, `regions` {weights.shape[1]}.")
-                else:
-                    weights = weights * present
+            weights = self._weights(num_tokens, device)
             coverage = weights.sum(1).clamp(max=1)[:, :, None]
-            is_shared = bool(((weights > 0).sum(1) > 1).any())
+            # Without regions all objects compete in one softmax, as they do when nothing is padded.
+            is_shared = self._regions is not None and bool(((weights > 0).sum(1) > 1).any())
             self._grids[num_tokens, device] = _BranchGrid(weights, coverage, is_shared)
         return self._grids[num_tokens, device]
+
+    def _weights(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """Regions times presence, `(r, N, cells)`."""
+        if self._present is None:
+            return region_weights(self._regions, num_tokens, device)
+        present = self._present.to(device=device, dtype=torch.float32)
+        present = (present if present.ndim == 2 else present[None])[:, :, None]  # (r, N, 1)
+        if self._regions is None:
+            return present.expand(-1, -1, num_tokens)
+        weights = region_weights(self._regions, num_tokens, device)
+        if present.shape[1] != weights.shape[1]:
+            raise RegionError(f"`present` names {present.shape[1]} objects, `regions` {weights.shape[1]}.")
+        return weights * present
 
     def _layer_keys_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, int]:
         key, value = self.keys_values[call.name]

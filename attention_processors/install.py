@@ -103,8 +103,9 @@ def layers_of_parts(unet: Any, parts: Sequence[Any]) -> dict[str, tuple[Any, ...
     for part in parts:
         if getattr(part, "kind", None) not in ("mask", "branch", "probe"):
             raise ObjectComposeError(f"`parts` must hold masks, branches and probes, got {type(part).__name__}.")
-        attention = getattr(part, "attention", "any")
-        names = match_layers(unet, part.layers, None if attention == "any" else attention)
+        attention = getattr(part, "attention", "any")  # "self", "cross" or "any"
+        kind: Any = None if attention == "any" else attention
+        names = match_layers(unet, part.layers, kind)
         if hasattr(part, "check_layers"):
             part.check_layers(names)
         for name in names:

@@ -216,8 +216,9 @@ def intersect_row_groups(
     combined = list(masks[0])
     for groups in masks[1:]:
         for row, group in enumerate(groups):
-            if combined[row] is None:
-                combined[row] = group
-            elif group is not None:
-                combined[row] = combined[row].intersect(group)
+            known = combined[row]
+            if known is None or group is None:
+                combined[row] = known or group
+            else:
+                combined[row] = known.intersect(group)
     return combined

@@ -146,10 +146,10 @@ class AttentionCall:
     def _attend_rows(
         self, value: torch.Tensor, group: GroupedVisibility | None, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        tensors = (self.query, self.key, value, self.bias)
+        query, key, bias = self.query, self.key, self.bias
         if rows is not None:
-            tensors = tuple(None if x is None else x.index_select(0, rows) for x in tensors)
-        query, key, value, bias = tensors
+            query, key, value = (x.index_select(0, rows) for x in (query, key, value))
+            bias = None if bias is None else bias.index_select(0, rows)
         if group is None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         plan, undo = group.plan(query.device)

@@ -29,9 +29,9 @@ from objectcompose.layout import SceneObject
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.pipelines.pipeline_output import ComposeOutput
 from objectcompose.pipelines.plot import overlay_output
-from objectcompose.toybox.categories import active_categories
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.scenes import list_objects
+from objectcompose.toybox.weights import active_categories
 
 
 # positions in the list of categories that the model was trained on, so that every preset has these scenes
@@ -117,7 +117,9 @@ def gallery_rows(
     """One row per number of objects: each picture with its attention overlays."""
     rows = []
     for count in sorted({len(scene.categories) for scene in scenes}):
-        images, captions, overlays = [], [], []
+        images: list[Image.Image] = []
+        captions: list[str] = []
+        overlays: list[list[Image.Image]] = []
         for scene, output, found in zip(scenes, outputs, entries, strict=True):
             if len(scene.categories) == count:
                 images += output.images

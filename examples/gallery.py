@@ -120,7 +120,7 @@ def _draw_cell(pictures: Sequence[Image.Image], caption: str, tile: int) -> Imag
     cell = Image.new("RGB", (width, tile + text.height), _BACKGROUND)
     for index, picture in enumerate(pictures):
         scale = tile / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         # no sharpening filter when enlarging: nobody should take its ringing for the model's work
         filtering = Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.LANCZOS
         fitted = picture.convert("RGB").resize(size, filtering)

@@ -19,8 +19,8 @@ from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.pipelines.plot import overlay_output
-from objectcompose.toybox.categories import active_categories
 from objectcompose.toybox.scenes import list_objects
+from objectcompose.toybox.weights import active_categories
 
 
 def main(argv: Sequence[str] | None = None) -> int:

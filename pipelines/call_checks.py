@@ -219,6 +219,10 @@ def check_callback(callback: Callable | None, tensor_inputs: Any, allowed: Seque
         )
 
 
+def _is_step_index(value: Any, num_steps: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < num_steps
+
+
 def check_attention_steps(attention_steps: Any, num_steps: int) -> None:
     """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
     if attention_steps is None:
@@ -226,7 +230,7 @@ def check_attention_steps(attention_steps: Any, num_steps: int) -> None:
     if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
         raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
     steps = list(attention_steps)
-    wrong = [s for s in steps if isinstance(s, bool) or not isinstance(s, Integral) or not 0 <= s < num_steps]
+    wrong = [step for step in steps if not _is_step_index(step, num_steps)]
     if not steps or wrong:
         raise ObjectComposeError(
             f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."

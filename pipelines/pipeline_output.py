@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
@@ -43,7 +42,7 @@ class ComposeOutput(BaseOutput):
             unless `return_attention` was set.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    images: Any  # which of the kinds above it is depends on `output_type`, beyond what a type checker follows
     nsfw_content_detected: list[bool] | None = None
     objects: list[list[PlacedObject]] | None = None
     attention: list[dict[str, torch.Tensor]] | None = None

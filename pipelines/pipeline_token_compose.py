@@ -217,7 +217,7 @@ class TokenComposePipeline(
         return_attention: bool = False,
         attention_layers: str | Sequence[str] | None = None,
         attention_steps: Sequence[int] | None = None,
-    ) -> ComposeOutput | tuple:
+    ) -> Any:
         """Sample pictures.
 
         Args:
@@ -264,9 +264,10 @@ class TokenComposePipeline(
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         if height is None or width is None:
-            default_height, default_width = self.default_size()
-            if getattr(latents, "ndim", None) == 4:
+            if isinstance(latents, torch.Tensor) and latents.ndim == 4:
                 default_height, default_width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+            else:
+                default_height, default_width = self.default_size()
             height = default_height if height is None else height
             width = default_width if width is None else width
 
@@ -319,6 +320,7 @@ class TokenComposePipeline(
             clip_skip=clip_skip,
         )
         if self.do_classifier_free_guidance:
+            assert negative_prompt_embeds is not None
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         added_cond_kwargs = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
@@ -328,9 +330,9 @@ class TokenComposePipeline(
             added_cond_kwargs = {"image_embeds": image_embeds}
 
         # 3. Timesteps
-        timesteps, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
-        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(timesteps)
+        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(schedule)
 
         # 4. Latents, and what scheduler and UNet want besides
         latents = self.prepare_latents(
@@ -340,13 +342,13 @@ class TokenComposePipeline(
         timestep_cond = self.prepare_timestep_cond(num_images, device, latents.dtype)
 
         # 5. Attention parts: the caller's, and the probe behind `return_attention`
-        recorder = PhraseMapRecorder(placed, map_layers, latents.shape[-2:]) if return_attention else None
+        recorder = PhraseMapRecorder(placed, map_layers, self.latent_size(height, width)) if return_attention else None
         all_parts = [*parts] if recorder is None else [*parts, recorder.probe]
         recorded_steps = None if attention_steps is None else set(attention_steps)
 
         # 6. Denoising loop
         with use_parts(self.unet, all_parts), self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
 
@@ -383,7 +385,7 @@ class TokenComposePipeline(
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
 
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
 
         # 7. Decode, and let the models go back to where offloading keeps them

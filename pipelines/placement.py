@@ -67,7 +67,8 @@ def _place_row(
     if not names:
         return []
     positions = find_phrases(tokenizer, prompt, names)
-    placed, seen = [], {}
+    placed: list[PlacedObject] = []
+    seen: dict[str, int] = {}
     for item, name, indices in zip(objects, names, positions, strict=True):
         seen[name] = seen.get(name, 0) + 1
         placed.append(

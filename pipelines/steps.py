@@ -82,6 +82,7 @@ class StableDiffusionStepsMixin:
     image_encoder: Any
     image_processor: Any
     vae_scale_factor: int
+    _num_timesteps: int  # set by each pipeline once it knows its timesteps
 
     # ---- what a running call can be asked
 
@@ -197,7 +198,7 @@ class StableDiffusionStepsMixin:
 
     def _encode_texts(
         self,
-        texts: list[str],
+        texts: Any,
         device: torch.device | str,
         max_length: int | None = None,
         clip_skip: int | None = None,
@@ -276,6 +277,7 @@ class StableDiffusionStepsMixin:
 
         `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
         """
+        pairs: list[tuple[Any, ...]]
         if ip_adapter_image_embeds is None:
             images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
             pairs = []

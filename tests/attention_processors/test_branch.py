@@ -165,6 +165,8 @@ def test_padded_objects_are_invisible(layer, states):
     out = compose(layer, states, [Branch(pairs, present=present)])
     close(out[0], compose(layer, states, [Branch(first_only)])[0])
     close(out[1], compose(layer, states, [])[1])
+    everyone = torch.tensor([True, True])
+    close(compose(layer, states, [Branch(pairs, present=everyone)]), compose(layer, states, [Branch(pairs)]))
     region = torch.cat([cells(0, 1), cells(2)])
     close(
         compose(layer, states, [Branch(pairs, region, present=torch.tensor([True, False]))]),
