@@ -108,7 +108,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def held_out_drawings(preset: Preset, count: int = 16) -> frozenset[tuple[str, str]]:
-    """`(category, style)` drawings that no training ever shows (fixed list; empty where each category has one drawing)."""
+    """`(category, style)` drawings that training never shows (a fixed list; none where a category has one drawing)."""
     if len(preset.styles) == 1:
         return frozenset()
     drawings = [(category, style) for category in preset.categories for style in preset.styles]

@@ -1,7 +1,8 @@
 """The judge: what an independent pair of eyes finds in a picture of toybox's world.
 
-A SegFormer names each pixel's category; a detection is one connected component of a category, with the mean probability
-as its score. A ConvNeXt embeds a crop, so that the cosine of two embeddings says how much two objects are one identity.
+A SegFormer names each pixel's category; a detection is one connected component of a category, with the mean
+probability as its score. A ConvNeXt embeds a crop, so that the cosine of two embeddings says how much two objects are
+one identity.
 Evaluation only: nothing here conditions, matches, guides or trains a method.
 """
 

@@ -99,7 +99,7 @@ def sample_pose(rng: np.random.Generator, diameter: float) -> Pose:
 
 
 def _place(poses: list[Pose], rng: np.random.Generator) -> list[Pose]:
-    """Move poses to places that overlap little: of several random places each takes the one farthest from the others."""
+    """Move poses to places that overlap little: each takes one of several random places, far from the others."""
     placed: list[Pose] = []
     for pose in poses:
         margin = min(0.45 * pose.diameter, 0.5)

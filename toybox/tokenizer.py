@@ -20,7 +20,7 @@ _WORDS = "a photo of an and on the background striped two picture with in next t
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer, always the same: 256 bytes, merges learned from what captions can say, and CLIP's two specials."""
+    """The tokenizer, always the same: 256 bytes, merges learned from what captions can say, CLIP's two specials."""
     corpus = [_WORDS, *COLOURS, *GROUNDS, *CATEGORIES, *(with_article(name) for name in CATEGORIES)]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -87,6 +87,8 @@ def scene_pool(preset: Preset, split: str, count: int, cache: Path, workers: int
         captions_path.write_text(json.dumps([caption for chunk in captions for caption in chunk]), encoding="utf-8")
         tensors = {"pixels": pixels, "owner": owner, "categories": categories}
         partial = path.with_suffix(".tmp")
-        save_file({name: torch.cat([torch.as_tensor(part) for part in parts]) for name, parts in tensors.items()}, partial)
+        save_file(
+            {name: torch.cat([torch.as_tensor(part) for part in parts]) for name, parts in tensors.items()}, partial
+        )
         partial.replace(path)
     return ScenePool(**load_file(path), captions=json.loads(captions_path.read_text(encoding="utf-8")))

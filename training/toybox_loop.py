@@ -35,7 +35,9 @@ def toybox_parser(description: str, batch_size: int, steps: dict[str, int]) -> a
     parser.add_argument("--weights", type=Path, default=Path("examples/toybox"), help="where finished models lie")
     parser.add_argument("--runs", type=Path, default=Path("runs/toybox"), help="checkpoints, logs and caches")
     parser.add_argument("--steps", type=int, default=None, help=f"optimizer steps (default: {steps})")
-    parser.add_argument("--minutes", type=float, default=None, help="save and stop after this long; run again to go on")
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="save and stop after this long; run again to go on"
+    )
     parser.add_argument("--batch_size", type=int, default=batch_size, help="samples in a step")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise and the order of the data")
     parser.add_argument("--compile", action="store_true", help="compile the models (a minute's start, then faster)")

@@ -3,8 +3,8 @@
     python -m objectcompose.training.train_toybox_base --preset cpu --compile --minutes 60     # run again to go on
     python -m objectcompose.training.train_toybox_base --preset gpu --compile --minutes 9      # twice
 
-Epsilon prediction with min-SNR weighting (Hang et al., 2023, arXiv:2303.09556, gamma = 5) and 10 % caption dropout. The
-scenes' latents are computed once. Ends by writing `base/` as a Stable Diffusion pipeline in fp16.
+Epsilon prediction with min-SNR weighting (Hang et al., 2023, arXiv:2303.09556, gamma = 5) and 10 % caption dropout.
+The scenes' latents are computed once. Ends by writing `base/` as a Stable Diffusion pipeline in fp16.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def main() -> None:
             prediction = denoise(noisy, timesteps, text, return_dict=False)[0]
         return (F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3)) * weights[timesteps]).mean()
 
-    averaged, step = fit("base", model, loss_of_step, args, lr=1e-3 if args.preset == "cpu" else 5e-4, ema_decay=0.9985)
+    averaged, step = fit(
+        "base", model, loss_of_step, args, lr=1e-3 if args.preset == "cpu" else 5e-4, ema_decay=0.9985
+    )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=averaged["text_encoder"],

@@ -3,8 +3,8 @@
     python -m objectcompose.training.train_toybox_judge --preset cpu
     python -m objectcompose.training.train_toybox_judge --preset gpu
 
-Other architectures (SegFormer, ConvNeXt), other seeds and other scenes than everything that conditions, matches, guides
-or trains a method.
+Other architectures (SegFormer, ConvNeXt), other seeds and other scenes than everything that conditions, matches,
+guides or trains a method.
 """
 
 from __future__ import annotations
