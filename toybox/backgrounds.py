@@ -68,7 +68,7 @@ def sample_background(rng: np.random.Generator) -> Background:
     first = _shift(COLOURS[name], rng, 0.03)
     second = _shift(COLOURS[name], rng, 0.08)
     if kind == "stripes":
-        second = tuple(0.86 * channel for channel in first)
+        second = (0.86 * first[0], 0.86 * first[1], 0.86 * first[2])
         words = f"on a striped {name} background"
     else:
         words = f"on a {name} background"

@@ -39,8 +39,8 @@ def trim(picture: Image.Image) -> Image.Image:
     picture = picture.convert("RGBA")
     picture = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
     scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -56,13 +57,13 @@ def parse_toybox(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, P
 
 def fit(
     name: str,
-    model: torch.nn.Module,
+    model: Any,
     loss_of_step: Callable[[int], torch.Tensor],
     args: argparse.Namespace,
     lr: float,
     ema_decay: float = 0.999,
     every: int = 250,
-) -> tuple[torch.nn.Module, int]:
+) -> tuple[Any, int]:
     """Train until `args.steps`, or for `args.minutes`, going on from the newest checkpoint.
 
     Args:

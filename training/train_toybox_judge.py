@@ -9,9 +9,10 @@ guides or trains a method.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from transformers import ConvNextModel, SegformerForSemanticSegmentation
 
 from objectcompose.toybox.judge import build_identity_encoder, build_segmenter
 from objectcompose.training.common import shuffled_batch
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8000, help="size of the judge's own pool of scenes")
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "judge", args.scenes, args.runs / "pools")
-    segmenter: SegformerForSemanticSegmentation = build_segmenter(preset).to(device)
+    segmenter: Any = build_segmenter(preset).to(device)
 
     def segmentation_loss(step: int) -> torch.Tensor:
         rows = shuffled_batch(step, len(pool.pixels), args.batch_size, args.seed)
@@ -36,7 +37,7 @@ def main() -> None:
 
     averaged, step = fit("judge_segmenter", segmenter, segmentation_loss, args, lr=1e-3, ema_decay=0.998)
     averaged.half().save_pretrained(args.weights / "judge" / "segmenter")
-    encoder: ConvNextModel = build_identity_encoder(preset).to(device)
+    encoder: Any = build_identity_encoder(preset).to(device)
 
     def identity_loss(step: int) -> torch.Tensor:
         identities = sample_identities(preset, (SPLIT_SEEDS["judge"], step), 2 * args.batch_size)

@@ -8,6 +8,8 @@ L1 on pixels and on their finite differences (which keeps outlines sharp), and a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=16_000, help="size of the pool of training scenes")
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "train", args.scenes, args.runs / "pools")
-    vae = build_vae(preset).to(device)
+    vae: Any = build_vae(preset).to(device)
 
     def loss_of_step(step: int) -> torch.Tensor:
         pixels = pool.images(shuffled_batch(step, len(pool.pixels), args.batch_size, args.seed), device) * 2 - 1
