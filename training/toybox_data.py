@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class _Chunks(Dataset):
         return pixels.numpy(), owner.numpy(), categories.numpy(), batch.captions
 
 
-def scene_pool(preset: Preset, split: str, count: int, cache: Path, workers: int = 2) -> ScenePool:
+def scene_pool(preset: Preset, split: str, count: int, cache: Path, workers: int | None = None) -> ScenePool:
     """The first `count` scenes of a split, from the cache when they are there.
 
     Args:
@@ -76,13 +77,13 @@ def scene_pool(preset: Preset, split: str, count: int, cache: Path, workers: int
         split: one of `SPLIT_SEEDS`.
         count: number of scenes.
         cache: folder for the rendered tensors; made when missing.
-        workers: processes that render.
+        workers: processes that render; by default one per core (a GPU machine's 16 render 32,000 scenes in seconds).
     """
     path = cache / f"{preset.name}-{split}-{count}.safetensors"
     captions_path = path.with_suffix(".json")
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        chunks = DataLoader(_Chunks(preset, split, count), batch_size=None, num_workers=workers)
+        chunks = DataLoader(_Chunks(preset, split, count), batch_size=None, num_workers=workers or os.cpu_count() or 1)
         pixels, owner, categories, captions = zip(*chunks, strict=True)
         captions_path.write_text(json.dumps([caption for chunk in captions for caption in chunk]), encoding="utf-8")
         tensors = {"pixels": pixels, "owner": owner, "categories": categories}

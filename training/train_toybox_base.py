@@ -21,6 +21,8 @@ from objectcompose.training.toybox_data import ScenePool, scene_pool
 from objectcompose.training.toybox_loop import fit, parse_toybox, toybox_parser
 
 
+STEPS = {"cpu": 30_000, "gpu": 60_000}
+BATCH_SIZE = 32
 MIN_SNR_GAMMA = 5.0
 CAPTION_DROPOUT = 0.1
 
@@ -53,7 +55,7 @@ def min_snr_weights(scheduler: DDIMScheduler, gamma: float = MIN_SNR_GAMMA) -> t
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=32, steps={"cpu": 30_000, "gpu": 60_000})
+    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
     parser.add_argument("--scenes", type=int, default=32_000, help="size of the pool of training scenes")
     args, preset, device = parse_toybox(parser)
     vae = AutoencoderKL.from_pretrained(args.weights / "base" / "vae", dtype=torch.float32).to(device)

@@ -16,14 +16,18 @@ import torch.nn.functional as F
 
 from objectcompose.toybox.judge import build_identity_encoder, build_segmenter
 from objectcompose.training.common import shuffled_batch
-from objectcompose.training.toybox_contrastive import info_nce, normalise, render_views, sample_identities
-from objectcompose.training.toybox_data import SPLIT_SEEDS, scene_pool
+from objectcompose.training.toybox_contrastive import ViewStream, info_nce, normalise
+from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit, parse_toybox, toybox_parser
+
+
+STEPS = {"cpu": 1500, "gpu": 12_000}
+BATCH_SIZE = 32
 
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=32, steps={"cpu": 1500, "gpu": 12_000})
+    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
     parser.add_argument("--scenes", type=int, default=8000, help="size of the judge's own pool of scenes")
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "judge", args.scenes, args.runs / "pools")
@@ -40,9 +44,8 @@ def main() -> None:
     encoder: Any = build_identity_encoder(preset).to(device)
 
     def identity_loss(step: int) -> torch.Tensor:
-        identities = sample_identities(preset, (SPLIT_SEEDS["judge"], step), 2 * args.batch_size)
-        views = [render_views(preset, identities, (SPLIT_SEEDS["judge"], step, n)).to(device) for n in (1, 2)]
-        embeddings = encoder(normalise(torch.cat(views))).pooler_output
+        first, second, _ = stream(step)
+        embeddings = encoder(normalise(torch.cat([first, second]))).pooler_output
         return info_nce(*embeddings.chunk(2))
 
     averaged, step = fit("judge_identity", encoder, identity_loss, args, lr=1e-3, ema_decay=0.998)

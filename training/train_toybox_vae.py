@@ -19,6 +19,8 @@ from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit, parse_toybox, toybox_parser
 
 
+STEPS = {"cpu": 2000, "gpu": 12_000}
+BATCH_SIZE = 16
 KL_WEIGHT = 1e-5
 EDGE_WEIGHT = 0.5
 
@@ -36,7 +38,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> t
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=16, steps={"cpu": 2000, "gpu": 12_000})
+    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
     parser.add_argument("--scenes", type=int, default=16_000, help="size of the pool of training scenes")
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "train", args.scenes, args.runs / "pools")

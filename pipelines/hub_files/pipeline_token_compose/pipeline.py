@@ -11,7 +11,6 @@ checkpoint is a Stable Diffusion checkpoint with another UNet, and so this pipel
 attention maps, and takes attention parts of other methods.
 """
 
-import PIL.Image
 import difflib
 import hashlib
 import inspect
@@ -119,9 +118,8 @@ def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | st
     """Regions on the grid that has `num_tokens` cells, flattened.
 
     Args:
-        regions: a float tensor `(N, h, w)` or `(B, N, h, w)` (or already flat, `(N, h*w)` is not accepted: a grid is
-            two axes), a mapping from the number of cells to such a tensor, or an object with `at_tokens(num_tokens)`
-            that returns one. Values in [0, 1], 1 = inside.
+        regions: a float tensor `(N, h, w)` or `(B, N, h, w)`, a mapping from the number of cells to such a tensor, or
+            an object with `at_tokens(num_tokens)` that returns one. Values in [0, 1], 1 = inside.
         num_tokens: cells of the attention layer's grid.
         device: where the result lives; the regions' own device when None.
 
@@ -315,10 +313,11 @@ def intersect_row_groups(
     combined = list(masks[0])
     for groups in masks[1:]:
         for row, group in enumerate(groups):
-            if combined[row] is None:
-                combined[row] = group
-            elif group is not None:
-                combined[row] = combined[row].intersect(group)
+            known = combined[row]
+            if known is None or group is None:
+                combined[row] = known or group
+            else:
+                combined[row] = known.intersect(group)
     return combined
 
 
@@ -446,10 +445,10 @@ class AttentionCall:
     def _attend_rows(
         self, value: "torch.Tensor", group: "GroupedVisibility | None", rows: "torch.Tensor | None"
     ) -> "torch.Tensor":
-        tensors = (self.query, self.key, value, self.bias)
+        query, key, bias = self.query, self.key, self.bias
         if rows is not None:
-            tensors = tuple(None if x is None else x.index_select(0, rows) for x in tensors)
-        query, key, value, bias = tensors
+            query, key, value = (x.index_select(0, rows) for x in (query, key, value))
+            bias = None if bias is None else bias.index_select(0, rows)
         if group is None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         plan, undo = group.plan(query.device)
@@ -727,8 +726,9 @@ def layers_of_parts(unet: "Any", parts: "Sequence[Any]") -> "dict[str, tuple[Any
     for part in parts:
         if getattr(part, "kind", None) not in ("mask", "branch", "probe"):
             raise ObjectComposeError(f"`parts` must hold masks, branches and probes, got {type(part).__name__}.")
-        attention = getattr(part, "attention", "any")
-        names = match_layers(unet, part.layers, None if attention == "any" else attention)
+        attention = getattr(part, "attention", "any")  # "self", "cross" or "any"
+        kind: "Any" = None if attention == "any" else attention
+        names = match_layers(unet, part.layers, kind)
         if hasattr(part, "check_layers"):
             part.check_layers(names)
         for name in names:
@@ -983,7 +983,7 @@ class ComposeOutput(BaseOutput):
             unless `return_attention` was set.
     """
 
-    images: "list[PIL.Image.Image] | np.ndarray | torch.Tensor"
+    images: "Any"  # which of the kinds above it is depends on `output_type`, beyond what a type checker follows
     nsfw_content_detected: "list[bool] | None" = None
     objects: "list[list[PlacedObject]] | None" = None
     attention: "list[dict[str, torch.Tensor]] | None" = None
@@ -1150,6 +1150,7 @@ class StableDiffusionStepsMixin:
     image_encoder: "Any"
     image_processor: "Any"
     vae_scale_factor: "int"
+    _num_timesteps: "int"  # set by each pipeline once it knows its timesteps
 
     # ---- what a running call can be asked
 
@@ -1265,7 +1266,7 @@ class StableDiffusionStepsMixin:
 
     def _encode_texts(
         self,
-        texts: "list[str]",
+        texts: "Any",
         device: "torch.device | str",
         max_length: "int | None" = None,
         clip_skip: "int | None" = None,
@@ -1344,6 +1345,7 @@ class StableDiffusionStepsMixin:
 
         `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
         """
+        pairs: "list[tuple[Any, ...]]"
         if ip_adapter_image_embeds is None:
             images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
             pairs = []
@@ -1692,6 +1694,10 @@ def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "
         )
 
 
+def _is_step_index(value: "Any", num_steps: "int") -> "bool":
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < num_steps
+
+
 def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
     """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
     if attention_steps is None:
@@ -1699,7 +1705,7 @@ def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
     if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
         raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
     steps = list(attention_steps)
-    wrong = [s for s in steps if isinstance(s, bool) or not isinstance(s, Integral) or not 0 <= s < num_steps]
+    wrong = [step for step in steps if not _is_step_index(step, num_steps)]
     if not steps or wrong:
         raise ObjectComposeError(
             f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."
@@ -2336,7 +2342,8 @@ def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
             count += 1
         written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
         first = re.escape(token)
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", lambda _match, full=written_out: full, text)
+        # Backslashes of the replacement are doubled because `sub` would read them as references.
+        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
     return text
 
 
@@ -2610,7 +2617,8 @@ def _place_row(
     if not names:
         return []
     positions = find_phrases(tokenizer, prompt, names)
-    placed, seen = [], {}
+    placed: "list[PlacedObject]" = []
+    seen: "dict[str, int]" = {}
     for item, name, indices in zip(objects, names, positions, strict=True):
         seen[name] = seen.get(name, 0) + 1
         placed.append(
@@ -2804,7 +2812,7 @@ class TokenComposePipeline(
         return_attention: "bool" = False,
         attention_layers: "str | Sequence[str] | None" = None,
         attention_steps: "Sequence[int] | None" = None,
-    ) -> "ComposeOutput | tuple":
+    ) -> "Any":
         """Sample pictures.
 
         Args:
@@ -2851,9 +2859,10 @@ class TokenComposePipeline(
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         if height is None or width is None:
-            default_height, default_width = self.default_size()
-            if getattr(latents, "ndim", None) == 4:
+            if isinstance(latents, torch.Tensor) and latents.ndim == 4:
                 default_height, default_width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+            else:
+                default_height, default_width = self.default_size()
             height = default_height if height is None else height
             width = default_width if width is None else width
 
@@ -2906,6 +2915,7 @@ class TokenComposePipeline(
             clip_skip=clip_skip,
         )
         if self.do_classifier_free_guidance:
+            assert negative_prompt_embeds is not None
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         added_cond_kwargs = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
@@ -2915,9 +2925,9 @@ class TokenComposePipeline(
             added_cond_kwargs = {"image_embeds": image_embeds}
 
         # 3. Timesteps
-        timesteps, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
-        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(timesteps)
+        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(schedule)
 
         # 4. Latents, and what scheduler and UNet want besides
         latents = self.prepare_latents(
@@ -2927,13 +2937,13 @@ class TokenComposePipeline(
         timestep_cond = self.prepare_timestep_cond(num_images, device, latents.dtype)
 
         # 5. Attention parts: the caller's, and the probe behind `return_attention`
-        recorder = PhraseMapRecorder(placed, map_layers, latents.shape[-2:]) if return_attention else None
+        recorder = PhraseMapRecorder(placed, map_layers, self.latent_size(height, width)) if return_attention else None
         all_parts = [*parts] if recorder is None else [*parts, recorder.probe]
         recorded_steps = None if attention_steps is None else set(attention_steps)
 
         # 6. Denoising loop
         with use_parts(self.unet, all_parts), self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
 
@@ -2970,7 +2980,7 @@ class TokenComposePipeline(
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
 
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
 
         # 7. Decode, and let the models go back to where offloading keeps them
