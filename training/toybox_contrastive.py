@@ -97,7 +97,8 @@ class ViewStream:
     def __init__(self, preset: Preset, split: str, count: int, steps: int, device: torch.device) -> None:
         self._arguments, self._steps, self._device = (preset, split, count), steps, device
         self._workers = (os.cpu_count() or 1) if device.type == "cuda" else 0
-        self._next, self._views = -1, iter(())  # type: tuple[int, Iterator[tuple[torch.Tensor, ...]]]
+        self._next = -1
+        self._views: Iterator[tuple[torch.Tensor, ...]] = iter(())
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """First and second views in [0, 1], and categories, of one step; asking for steps in order is quick."""

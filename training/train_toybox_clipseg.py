@@ -28,11 +28,8 @@ from objectcompose.training.toybox_loop import fit, parse_toybox, toybox_parser
 STEPS = {"cpu": 2000, "gpu": 10_000}
 BATCH_SIZE = 16
 ABSENT_SHARE = 0.25
-
-
-def phrasings(name: str) -> tuple[str, ...]:
-    """How a phrase may name a category."""
-    return name, with_article(name), f"the {name}", f"a photo of {with_article(name)}"
+#: How a phrase may name a category.
+PHRASINGS = ("{name}", "{article_name}", "the {name}", "a photo of {article_name}")
 
 
 def draw_phrases(preset: Preset, present: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -44,14 +41,14 @@ def draw_phrases(preset: Preset, present: np.ndarray, rng: np.random.Generator) 
         rng: source of randomness.
 
     Returns:
-        Categories (B,), and which of `phrasings` (B,).
+        Categories (B,), and which of `PHRASINGS` (B,).
     """
     chosen = []
     for row in present:
         names = row[row >= 0]
         others = np.setdiff1d(np.arange(len(preset.categories)), names)
         chosen.append(rng.choice(others if rng.random() < ABSENT_SHARE else names))
-    return np.array(chosen), rng.integers(len(phrasings("")), size=len(present))
+    return np.array(chosen), rng.integers(len(PHRASINGS), size=len(present))
 
 
 def segment(
@@ -95,7 +92,9 @@ def main() -> None:
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "train", args.scenes, args.runs / "pools")
     tokenizer = build_tokenizer()
-    phrases = [phrase for name in preset.categories for phrase in phrasings(name)]
+    phrases = [
+        form.format(name=name, article_name=with_article(name)) for name in preset.categories for form in PHRASINGS
+    ]
     text = tokenizer(phrases, padding=True, return_tensors="pt")
     model = build_clipseg(preset, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id).to(device)
 
@@ -103,7 +102,7 @@ def main() -> None:
         rows = shuffled_batch(step, len(pool.pixels), args.batch_size, args.seed)
         rng = np.random.default_rng((args.seed, step))
         categories, forms = draw_phrases(preset, pool.categories[rows].numpy(), rng)
-        said = torch.from_numpy(categories * len(phrasings("")) + forms)
+        said = torch.from_numpy(categories * len(PHRASINGS) + forms)
         input_ids, attention_mask = text.input_ids[said].to(device), text.attention_mask[said].to(device)
         logits = segment(model, normalise(pool.images(rows, device)), input_ids, attention_mask)
         return F.binary_cross_entropy_with_logits(logits, segmentation_target(pool, rows, categories).to(device))

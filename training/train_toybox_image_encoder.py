@@ -3,8 +3,9 @@
     python -m objectcompose.training.train_toybox_image_encoder --preset cpu
     python -m objectcompose.training.train_toybox_image_encoder --preset gpu
 
-Contrastive against captions, as CLIP (Radford et al., 2021, arXiv:2103.00020), with a small text encoder that is trained
-beside it and dropped; and between two poses of one identity among its look-alikes, which captions cannot tell apart.
+Contrastive against captions, as CLIP (Radford et al., 2021, arXiv:2103.00020), with a small text encoder that is
+trained beside it and dropped; and between two poses of one identity among its look-alikes, which captions
+cannot tell apart.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def caption_loss(pictures: torch.Tensor, captions: torch.Tensor, rows: torch.Ten
     """
     logits = F.normalize(pictures, dim=-1) @ F.normalize(captions, dim=-1).T / TEMPERATURE
     belongs = F.one_hot(rows, len(captions)).to(logits.dtype)
-    shared = belongs / belongs.sum(0).clamp_min(1)  # of each caption's pictures: columns sum to 1, or to 0 where unused
+    shared = belongs / belongs.sum(0).clamp_min(1)  # a column sums to 1, or to 0 where unused
     among_pictures = -(logits.log_softmax(0) * shared).sum() / (belongs.sum(0) > 0).sum()
     return (F.cross_entropy(logits, rows) + among_pictures) / 2
 

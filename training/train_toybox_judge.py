@@ -42,6 +42,7 @@ def main() -> None:
     averaged, step = fit("judge_segmenter", segmenter, segmentation_loss, args, lr=1e-3, ema_decay=0.998)
     averaged.half().save_pretrained(args.weights / "judge" / "segmenter")
     encoder: Any = build_identity_encoder(preset).to(device)
+    stream = ViewStream(preset, "judge", 2 * args.batch_size, args.steps, device)
 
     def identity_loss(step: int) -> torch.Tensor:
         first, second, _ = stream(step)
