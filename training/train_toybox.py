@@ -11,6 +11,7 @@ steps is skipped. `toybox.json` beside the weights says how each model was made,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -102,8 +103,7 @@ def is_finished(run: Run, preset: str, weights: Path, runs: Path) -> bool:
 def seconds_trained(log: Path) -> float:
     """Seconds of a log over all its parts: each part counts from zero."""
     seconds = [float(line["seconds"]) for line in read_log(log)]
-    ends = [now for now, after in zip(seconds, [*seconds[1:], 0.0], strict=True) if after < now]
-    return sum(ends)
+    return sum(now for now, after in itertools.pairwise([*seconds, 0.0]) if after < now)
 
 
 def train(preset: str, minutes: float | None, weights: Path, runs: Path) -> bool:

@@ -28,14 +28,14 @@ def judge() -> Judge:
 
 
 def test_tokenizer_round_trip():
-    tokenizer, again = build_tokenizer(), build_tokenizer()
+    tokenizer, again = build_tokenizer(), build_tokenizer()  # `tokenizers`' own BPE trainer fails this
     assert tokenizer.get_vocab() == again.get_vocab() and tokenizer.model_max_length == MAX_TOKENS
     for name in CATEGORIES:
         ids = tokenizer(f"a photo of {name}").input_ids
         assert ids == again(f"a photo of {name}").input_ids
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == f"a photo of {name}"
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
-    strange = "Größe 7!"
+    strange = "Größe 7 &"
     assert tokenizer.decode(tokenizer(strange).input_ids, skip_special_tokens=True).strip() == strange.lower()
     longest = sorted(CATEGORIES, key=lambda name: -len(tokenizer.tokenize(name)))[:5]
     caption = f"a photo of {list_objects(longest)} on a striped yellow background"
