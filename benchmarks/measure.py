@@ -5,7 +5,9 @@ pairwise ratios. A ratio whose interquartile range exceeds 5 % of it is reported
 """
 
 import argparse
+import gc
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 MAX_RELATIVE_IQR = 0.05
 MIN_PAIRS = 7
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ class PeakMemory:
 def peak_memory(prepare: str, **arguments: Any) -> PeakMemory:
     """Peak memory that a call needs above what was loaded for it, measured in a fresh process.
 
-    On a CPU this is the process's peak resident size less its peak after preparing, so whatever preparing freed again
-    hides an equal amount of the call's: prepare lean, and read the number as a lower bound.
+    On a CPU this is the process's peak resident size during the call less its size before it. Where the kernel cannot
+    reset the peak (anything but Linux) it is less the peak after preparing: a lower bound, so prepare lean.
 
     Args:
         prepare: `module:function`, importable from the current folder; called with `arguments`, it builds everything
@@ -155,12 +158,23 @@ def _measure_here(prepare: str, arguments: Mapping[str, Any]) -> PeakMemory:
         run()
         torch.cuda.synchronize()
         return PeakMemory(loaded, torch.cuda.max_memory_allocated() - loaded, "cuda")
+    _forget_peak()
     loaded = _peak_resident_bytes()
     run()
     return PeakMemory(loaded, _peak_resident_bytes() - loaded, "cpu")
 
 
+def _forget_peak() -> None:
+    gc.collect()
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident size to the current one
+
+
 def _peak_resident_bytes() -> int:
+    if CLEAR_REFS.exists():
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert peak is not None
+        return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
