@@ -43,7 +43,7 @@ class Branch:
             tokens each, already projected; C is the layer's inner width. B counts the chosen rows.
         regions: where object n acts, as for `region_weights`, `(N, h, w)` or `(B, N, h, w)`, values in [0, 1]; None is
             everywhere.
-        scale: strength: a number, a scalar tensor, or one value per object, `(N,)` or `(B, N)`.
+        scale: strength: a number, a scalar tensor, or one value per object, `(N,)` or `(B, N)`, on the model's device.
         mode: "add", or "replace" (the text gives way inside the regions).
         gamma: share of the text that stays inside the regions of a replacing branch.
         num_objects: N, needed only where neither `regions`, `present` nor `scale` tell.
@@ -192,7 +192,7 @@ class Branch:
                 f" got {tuple(key.shape)} and {tuple(value.shape)}."
             )
         num_objects = self._object_count(call)
-        if key.shape[1] % num_objects:
+        if num_objects == 0 or key.shape[1] % num_objects:
             raise PartConflictError(
                 f"`keys_values` of layer {call.name} has {key.shape[1]} tokens, not a multiple of {num_objects}"
                 " objects."

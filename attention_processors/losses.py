@@ -15,9 +15,10 @@ Maps come from `TokenMapProbe`: `(B, heads, HW, T)`, or `(B, HW, T)` as a mean o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,24 @@ from objectcompose.errors import ObjectComposeError, RegionError
 
 
 _TINY = 1e-12
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
+def _without_autocast(loss: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Keep `torch.autocast` from running a loss in half precision; the first argument is a tensor or maps."""
+
+    @wraps(loss)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        first: Any = (*args, *kwargs.values())[0]
+        tensor = first if isinstance(first, torch.Tensor) else next(iter(first.values()), None)
+        with torch.autocast("cpu" if tensor is None else tensor.device.type, enabled=False):
+            return loss(*args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def token_loss(
     maps: Mapping[str, torch.Tensor],
     masks: Any,
@@ -66,15 +83,16 @@ def token_loss(
         if head_mode == "map_mean":
             columns = columns.mean(1, keepdim=True)
         owner, weight = _owners_and_weights(owners, present, columns)
-        mask = _object_masks(masks, columns.shape[2], owner)
-        token_masks = torch.einsum("btn,bnq->bqt", owner, mask)[:, None]  # (B, 1, HW, T)
-        inside = (columns * token_masks).sum(2) / columns.sum(2).clamp_min(_TINY)  # (B, heads, T)
-        per_token = (1 - inside.mean(1)) ** 2
-        per_object = torch.einsum("bt,btn->bn", per_token, owner) / owner.sum(1).clamp_min(1)
+        mask = _object_masks(masks, columns.shape[2], owner.shape[0], owner.shape[2], owner.device)
+        # Per token and object, since two phrases may share a token: (B, heads, T, N).
+        inside = torch.einsum("bhqt,bnq->bhtn", columns, mask) / columns.sum(2).clamp_min(_TINY)[..., None]
+        per_token = (1 - inside.mean(1)) ** 2  # (B, T, N)
+        per_object = (per_token * owner).sum(1) / owner.sum(1).clamp_min(1)
         total = total + _mean_over_objects(per_object, weight)
     return total
 
 
+@_without_autocast
 def pixel_loss(
     maps: Mapping[str, torch.Tensor], masks: Any, owners: torch.Tensor, present: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -93,7 +111,7 @@ def pixel_loss(
     for num_tokens, layers in by_resolution.items():
         columns = torch.stack(layers).mean(0)
         owner, weight = _owners_and_weights(owners, present, columns)
-        mask = _object_masks(masks, num_tokens, owner)
+        mask = _object_masks(masks, num_tokens, owner.shape[0], owner.shape[2], owner.device)
         # Sums of probabilities exceed 1 by rounding, which the cross-entropy refuses.
         object_map = torch.einsum("bqt,btn->bnq", columns, owner).clamp(0, 1)
         per_object = F.binary_cross_entropy(object_map, mask.expand_as(object_map), reduction="none").mean(-1)
@@ -101,6 +119,7 @@ def pixel_loss(
     return total
 
 
+@_without_autocast
 def mean_object_maps(maps: Mapping[str, torch.Tensor], owners: torch.Tensor) -> torch.Tensor:
     """Maps of objects: mean over layers of one resolution, and over an object's tokens; heads stay.
 
@@ -149,12 +168,11 @@ def separate_loss(
         raise ObjectComposeError(f"`object_maps` must hold at least two objects, got {object_maps.shape[-1]}.")
     if reduce not in ("pairwise", "joint") or pixel not in ("max", "soft_iou"):
         raise ObjectComposeError(f"`reduce` or `pixel` is unknown: {reduce!r}, {pixel!r}.")
-    maps = object_maps.float()
-    count = maps.shape[-1]
-    groups = [tuple(range(count))] if reduce == "joint" else list(combinations(range(count), 2))
+    maps = object_maps.float().unbind(-1)
+    groups = [maps] if reduce == "joint" else list(combinations(maps, 2))
     overlaps = []
     for group in groups:
-        members = maps[..., list(group)]
+        members = torch.stack(group, -1)
         product, total = members.prod(-1), members.sum(-1)  # (B, heads, HW)
         if pixel == "max":
             overlaps.append((product / (total + 1e-8)).flatten(1).amax(1))
@@ -163,6 +181,7 @@ def separate_loss(
     return torch.stack(overlaps).amax(0).mean()
 
 
+@_without_autocast
 def enhance_loss(object_maps: torch.Tensor, grid: tuple[int, int], sigma: float = 0.5) -> torch.Tensor:
     """How weak the weakest object is (Separate-and-Enhance, L_En): `1 - min over objects of max over heads and cells`.
 
@@ -184,7 +203,7 @@ def enhance_loss(object_maps: torch.Tensor, grid: tuple[int, int], sigma: float 
     if grid[0] * grid[1] != num_tokens or min(grid) < 2:
         raise RegionError(f"`grid` must have {num_tokens} cells and sides of at least 2, got {tuple(grid)}.")
     maps = object_maps.float().permute(0, 1, 3, 2).reshape(-1, 1, *grid)
-    offsets = torch.tensor([-1.0, 0.0, 1.0], device=maps.device)
+    offsets = torch.arange(-1.0, 2.0, device=maps.device)
     weights = torch.exp(-((offsets / (2 * sigma)) ** 2))
     weights = weights / weights.sum()
     kernel = (weights[:, None] * weights[None, :])[None, None]
@@ -282,14 +301,14 @@ def _owners_and_weights(
     return owner, present.to(columns.device, torch.float32).expand(batch_size, -1)
 
 
-def _object_masks(masks: Any, num_tokens: int, owner: torch.Tensor) -> torch.Tensor:
-    mask = region_weights(masks, num_tokens, owner.device)
-    if mask.shape[0] not in (1, owner.shape[0]) or mask.shape[1] != owner.shape[2]:
+def _object_masks(masks: Any, num_tokens: int, batch_size: int, count: int, device: torch.device) -> torch.Tensor:
+    """The masks on one grid, `(B, N, HW)`."""
+    mask = region_weights(masks, num_tokens, device)
+    if mask.shape[0] not in (1, batch_size) or mask.shape[1] != count:
         raise RegionError(
-            f"`masks` must be of {owner.shape[2]} objects in 1 or {owner.shape[0]} rows,"
-            f" got {mask.shape[1]} in {mask.shape[0]}."
+            f"`masks` must be of {count} instances in 1 or {batch_size} rows, got {mask.shape[1]} in {mask.shape[0]}."
         )
-    return mask.expand(owner.shape[0], -1, -1)
+    return mask.expand(batch_size, -1, -1)
 
 
 def _mean_over_objects(per_object: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -304,10 +323,8 @@ def _sum_over_instances(
     for layer_maps in maps.values():
         columns = layer_maps.float()
         columns = columns.mean(1) if columns.ndim == 4 else columns  # (B, HW, N)
-        mask = region_weights(masks, columns.shape[1], columns.device).transpose(1, 2)
-        if mask.shape[2] != columns.shape[2]:
-            raise RegionError(f"`masks` must be of {columns.shape[2]} instances, got {mask.shape[2]}.")
-        per_instance = distance(columns, mask).mean(1)  # (B, N)
+        mask = _object_masks(masks, columns.shape[1], columns.shape[0], columns.shape[2], columns.device)
+        per_instance = distance(columns, mask.transpose(1, 2)).mean(1)  # (B, N)
         if present is not None:
             per_instance = per_instance * present.to(per_instance)
         total = total + per_instance.sum(1).mean()

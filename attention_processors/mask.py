@@ -22,7 +22,7 @@ def region_weights(regions: Any, num_tokens: int, device: torch.device | str | N
 
     Args:
         regions: a float tensor `(N, h, w)` or `(B, N, h, w)`, a mapping from the number of cells to such a tensor, or
-            an object with `at_tokens(num_tokens)` that returns one. Values in [0, 1], 1 = inside.
+            an object with `at_tokens(num_tokens, device)` that returns one. Values in [0, 1], 1 = inside.
         num_tokens: cells of the attention layer's grid.
         device: where the result lives; the regions' own device when None.
 
@@ -33,7 +33,7 @@ def region_weights(regions: Any, num_tokens: int, device: torch.device | str | N
         RegionError: the regions do not exist on a grid of that many cells, or have the wrong number of axes.
     """
     if hasattr(regions, "at_tokens"):
-        grid = regions.at_tokens(num_tokens)
+        grid = regions.at_tokens(num_tokens, device)
     elif isinstance(regions, Mapping):
         if num_tokens not in regions:
             raise RegionError(f"`regions` has no grid of {num_tokens} cells, only of {sorted(regions)} cells.")
@@ -74,6 +74,9 @@ class GroupedVisibility:
     def from_regions(cls, members: torch.Tensor) -> GroupedVisibility:
         """The box rule for `members`, bool `(N, Q)`: a region's cell sees its own and the background."""
         members = members.detach().cpu()
+        if not len(members):  # all is background
+            num_cells = members.shape[1]
+            return cls(torch.zeros(num_cells, dtype=torch.int64), torch.ones(1, num_cells, dtype=torch.bool))
         patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
         background_keys = ~members.any(0)  # (Q,)
         own_keys = (patterns.float() @ members.float()) > 0  # (G, Q)
@@ -113,7 +116,8 @@ class KeyMask:
 
     Args:
         visible: bool `(K,)`, `(Q, K)` or `(B, Q, K)`: True where query cell Q may see key K; or a mapping from the
-            number of query cells to such a tensor, or an object with `at_tokens(num_tokens)` returning one.
+            number of query cells to such a tensor, or an object with `at_tokens(num_tokens, device)` returning one
+            (a table, not regions). Best on the model's device: from elsewhere it is copied in every call.
         layers: which layers, a regex or a list of names.
         rows: the batch rows it holds for (such as the conditional half, `slice(1, None)` of two); None is all. Other
             rows see every key. A 3-D table has one entry per chosen row, or one for all.
@@ -136,7 +140,7 @@ class KeyMask:
         """
         visible = self.visible
         if hasattr(visible, "at_tokens"):
-            visible = visible.at_tokens(num_tokens)
+            visible = visible.at_tokens(num_tokens, device)
         elif isinstance(visible, Mapping):
             if num_tokens not in visible:
                 raise RegionError(f"`visible` has no table for {num_tokens} query cells, only for {sorted(visible)}.")
@@ -198,7 +202,11 @@ class RegionKeyMask:
         """
         if num_tokens not in self._grouped:
             members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            self._grouped[num_tokens] = [GroupedVisibility.from_regions(row) for row in members]
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
         grouped = self._grouped[num_tokens]
         chosen = rows_of_batch(self.rows, batch_size)
         if len(grouped) not in (1, len(chosen)):

@@ -89,14 +89,15 @@ class TokenMapProbe:
                 raise ObjectComposeError(
                     f"`token_indices` has lists for {self._indices.shape[0]} rows, measured are {logits.shape[0]}."
                 )
-            self._indices = self._indices.to(logits.device)  # stays there: one copy per device, not per layer and step
+            # They stay there: one copy per device, not per layer and step.
+            self._indices, self._is_token = self._indices.to(logits.device), self._is_token.to(logits.device)
             indices = self._indices[:, None, None, :].expand(*logits.shape[:3], -1)
             columns = logits.gather(-1, indices)
             maps = (columns - logits.logsumexp(-1, keepdim=True)).exp()
             if sees_any is not None:
                 maps = torch.where(sees_any, maps, torch.zeros_like(maps))
             if self._has_padding:
-                maps = maps * self._is_token.to(maps.device)[:, None, None, :]
+                maps = maps * self._is_token[:, None, None, :]
             self.maps[call.name] = maps.mean(1) if self.head_mean else maps
 
 

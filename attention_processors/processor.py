@@ -135,21 +135,19 @@ class AttentionCall:
             rows_by_group.setdefault(id(group), []).append(row)
         if len(rows_by_group) == 1:
             return self._attend_rows(value, self.groups[0], None)
-        pieces, order = [], []
+        by_row: dict[int, torch.Tensor] = {}
         for rows in rows_by_group.values():
-            index = torch.tensor(rows, device=value.device)
-            pieces.append(self._attend_rows(value, self.groups[rows[0]], index))
-            order.extend(rows)
-        undo = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(pieces).index_select(0, torch.tensor(undo, device=value.device))
+            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+            by_row.update(zip(rows, attended.split(1), strict=True))
+        return torch.cat([by_row[row] for row in range(self.batch_size)])
 
     def _attend_rows(
-        self, value: torch.Tensor, group: GroupedVisibility | None, rows: torch.Tensor | None
+        self, value: torch.Tensor, group: GroupedVisibility | None, rows: list[int] | None
     ) -> torch.Tensor:
         query, key, bias = self.query, self.key, self.bias
         if rows is not None:
-            query, key, value = (x.index_select(0, rows) for x in (query, key, value))
-            bias = None if bias is None else bias.index_select(0, rows)
+            query, key, value = (_pick_rows(x, rows) for x in (query, key, value))
+            bias = None if bias is None else _pick_rows(bias, rows)
         if group is None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         plan, undo = group.plan(query.device)
@@ -167,6 +165,11 @@ class AttentionCall:
                 some_bias = None if some_bias is None else some_bias.index_select(3, keys)
             pieces.append(F.scaled_dot_product_attention(some_query, some_key, some_value, attn_mask=some_bias))
         return torch.cat(pieces, dim=2).index_select(2, undo)
+
+
+def _pick_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some batch rows; slices, because a list of indices would be copied to the device, and waited for, each call."""
+    return torch.cat([tensor[row : row + 1] for row in rows])
 
 
 class _BareAttentionView:

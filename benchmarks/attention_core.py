@@ -46,11 +46,11 @@ PROTOCOL = (
 class Quadrants:
     """Four boxes, each a quarter of the canvas."""
 
-    def at_tokens(self, num_tokens: int) -> torch.Tensor:
+    def at_tokens(self, num_tokens: int, device: Any = None) -> torch.Tensor:
         side = int(num_tokens**0.5)
         half = torch.arange(side) * 2 // side
         number = 2 * half[:, None] + half[None, :]
-        return torch.stack([(number == n).float() for n in range(NUM_OBJECTS)])
+        return torch.stack([(number == n).float() for n in range(NUM_OBJECTS)]).to(device)
 
 
 def probe_parts() -> list[Any]:

@@ -14,11 +14,36 @@ from typing import Any
 
 import torch
 
-from objectcompose.errors import ImageInputError, NonFiniteError, ObjectComposeError
+from objectcompose.errors import CheckpointError, ImageInputError, NonFiniteError, ObjectComposeError
 from objectcompose.pipelines.steps import accepts_argument
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_checkpoint(vae: Any, text_encoder: Any, unet: Any) -> None:
+    """Raise `CheckpointError` unless the components fit together as Stable Diffusion 1.x/2.x does; None is left out."""
+    if unet is None:
+        return
+    config = unet.config
+    if config.addition_embed_type is not None:
+        raise CheckpointError(
+            "`unet` must be of the Stable Diffusion 1.x/2.x layout, got one that also wants"
+            f" {config.addition_embed_type!r} embeddings, as SDXL's does."
+        )
+    if vae is not None and config.in_channels != vae.config.latent_channels:
+        raise CheckpointError(
+            f"`unet` must read the {vae.config.latent_channels} latent channels of `vae`, got one that reads"
+            f" {config.in_channels} (a checkpoint for inpainting or depth?)."
+        )
+    width = config.cross_attention_dim
+    if text_encoder is None or not isinstance(width, int) or config.encoder_hid_dim is not None:
+        return
+    if text_encoder.config.hidden_size != width:
+        raise CheckpointError(
+            f"`unet` must read text of width {text_encoder.config.hidden_size}, which `text_encoder` writes, got one"
+            f" that reads {width}: they are of different checkpoints."
+        )
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> None:
@@ -105,11 +130,13 @@ def check_prompts(
                 f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
                 f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
             )
-    elif negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
-        raise ObjectComposeError(
-            f"`negative_prompt_embeds` must hold one row per prompt: got {negative_prompt_embeds.shape[0]} for"
-            f" {batch_size}."
-        )
+    elif negative_prompt_embeds is not None and pipeline.tokenizer is not None:
+        expected = (batch_size, pipeline.tokenizer.model_max_length)
+        if tuple(negative_prompt_embeds.shape[:2]) != expected:
+            raise ObjectComposeError(
+                f"`negative_prompt_embeds` must have shape {expected} (prompts, tokens) before the width to go with"
+                f" `prompt`, got {tuple(negative_prompt_embeds.shape[:2])}."
+            )
     needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
     if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
         raise ObjectComposeError(

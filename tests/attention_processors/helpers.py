@@ -68,7 +68,7 @@ def half_regions(num_regions: int = 2):
     """Column stripes: left, right, ... on any square grid, the last third is background when there are three."""
 
     class Stripes:
-        def at_tokens(self, num_tokens):
+        def at_tokens(self, num_tokens, device=None):
             side = int(num_tokens**0.5)
             columns = torch.arange(side) * num_regions // side
             return torch.stack([(columns == n).float().expand(side, side) for n in range(num_regions)])
@@ -82,8 +82,8 @@ class OneOf:
     def __init__(self, regions, chosen):
         self.regions, self.chosen = regions, chosen
 
-    def at_tokens(self, num_tokens):
-        return self.regions.at_tokens(num_tokens)[list(self.chosen)]
+    def at_tokens(self, num_tokens, device=None):
+        return self.regions.at_tokens(num_tokens, device)[list(self.chosen)]
 
 
 def random_keys_values(unet, layers, batch_size, num_tokens, seed=5):

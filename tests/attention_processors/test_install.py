@@ -38,7 +38,7 @@ def neutral_parts(unet, batch_size=2):
 
 
 class OnesEverywhere:
-    def at_tokens(self, num_tokens):
+    def at_tokens(self, num_tokens, device=None):
         side = int(num_tokens**0.5)
         return torch.ones(1, side, side)
 
