@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from objectcompose.pipelines.plot import overlay_output
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.scenes import list_objects
 from objectcompose.toybox.weights import active_categories
+from objectcompose.training.files import write_atomically
 
 
 # positions in the list of categories that the model was trained on, so that every preset has these scenes
@@ -144,9 +144,7 @@ def write_report(path: Path, entries: Sequence[dict[str, Any]], steps: int, seco
         "pictures": list(entries),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     return report
 
 

@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/token_compose.png"), help="PNG to write")
     args = parser.parse_args(argv)
     try:
-        names = list(active_categories()[:2])
-        prompt = args.prompt or f"a photo of {list_objects(names)}"
-        phrases = args.phrases or ([] if args.prompt else names)
+        prompt, phrases = args.prompt, args.phrases
+        if prompt is None:  # only the default prompt needs the toybox
+            names = list(active_categories()[:2])
+            prompt, phrases = f"a photo of {list_objects(names)}", phrases or names
         if not phrases:
             raise ObjectComposeError("`--phrases` must name the objects of your own `--prompt`.")
         pipeline = load_checkpoint(args.model)

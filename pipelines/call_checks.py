@@ -196,20 +196,19 @@ def check_image_prompt(pipeline: Any, image: Any, image_embeds: Any, use_guidanc
             )
 
 
-def check_schedule(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> int:
-    """Check that the scheduler can follow the schedule asked for; returns the number of steps."""
+def check_schedule(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
+    """Raise unless one schedule is asked for and the scheduler takes its kind."""
     if timesteps is not None and sigmas is not None:
         raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
     for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
         if values is None:
             continue
-        if len(values) == 0:
-            raise ObjectComposeError(f"`{name}` must hold at least one value, got an empty list.")
+        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) == 0:
+            raise ObjectComposeError(f"`{name}` must be a list of at least one value, got {values!r}.")
         if not accepts_argument(scheduler.set_timesteps, name):
             raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
-        return len(values)
+        return
     check_count("num_inference_steps", num_inference_steps)
-    return int(num_inference_steps)
 
 
 def check_noise(pipeline: Any, generator: Any, latents: Any, num_images: int, latent_shape: tuple[int, ...]) -> None:

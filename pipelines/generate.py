@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
@@ -126,7 +127,7 @@ def load_checkpoint(model: str | None = None, device: str | None = None) -> Toke
             pipeline = TokenComposePipeline.from_pretrained(path, use_safetensors=True)
     except ObjectComposeError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"`--model` {source!r} cannot be loaded: {first_line}") from error
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

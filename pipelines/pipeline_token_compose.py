@@ -34,6 +34,7 @@ from objectcompose.pipelines.attention_maps import PhraseMapRecorder, check_inst
 from objectcompose.pipelines.call_checks import (
     check_attention_steps,
     check_callback,
+    check_checkpoint,
     check_clip_skip,
     check_count,
     check_image_prompt,
@@ -74,6 +75,9 @@ class TokenComposePipeline(
         feature_extractor: prepares pictures for the safety checker and IP-Adapter.
         image_encoder: embeds pictures for IP-Adapter.
         requires_safety_checker: kept so that checkpoints of `StableDiffusionPipeline` load; nothing is enforced.
+
+    Raises:
+        CheckpointError: the components are not those of one Stable Diffusion 1.x/2.x checkpoint.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -96,6 +100,7 @@ class TokenComposePipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ObjectComposeError("`safety_checker` needs `feature_extractor`; give both or set both to None.")
+        check_checkpoint(vae, text_encoder, unet)
         modernize_scheduler(scheduler)
         self.register_modules(
             vae=vae,
@@ -158,7 +163,7 @@ class TokenComposePipeline(
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_picture_size(height, width, self.vae_scale_factor)
         check_output_type(output_type)
-        num_steps = check_schedule(self.scheduler, num_inference_steps, timesteps, sigmas)
+        check_schedule(self.scheduler, num_inference_steps, timesteps, sigmas)
         use_guidance = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         batch_size = check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, use_guidance)
         check_clip_skip(clip_skip, self.text_encoder)
@@ -172,7 +177,7 @@ class TokenComposePipeline(
         check_parts(parts)
         placed: list[list[PlacedObject]] = [[] for _ in range(batch_size)]
         if objects is not None:
-            placed = place_phrases(self.tokenizer, prompt, objects, ("phrase",), type(self).__name__)
+            placed = place_phrases(self.tokenizer, prompt, objects, (height, width), ("phrase",), type(self).__name__)
         if not return_attention:
             for name, value in (("attention_layers", attention_layers), ("attention_steps", attention_steps)):
                 if value is not None:
@@ -181,7 +186,6 @@ class TokenComposePipeline(
             return placed, []
         if not any(placed):
             raise MissingFieldError("`return_attention=True` needs `objects` with a `phrase` each, got no object.")
-        check_attention_steps(attention_steps, num_steps)
         map_layers = phrase_map_layers(self.unet, attention_layers)
         check_installable(self.unet, parts, map_layers)
         return placed, map_layers
@@ -251,7 +255,7 @@ class TokenComposePipeline(
             return_attention: return a map for each object's phrase.
             attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle
                 and the decoder.
-            attention_steps: step indices (from 0) to average over. Default: all.
+            attention_steps: iterations of the loop to average over, from 0, as callbacks count them. Default: all.
 
         Returns:
             `ComposeOutput`, or a tuple of its four fields with `return_dict=False`.
@@ -307,7 +311,13 @@ class TokenComposePipeline(
         placed = [row for row in placed for _ in range(num_images_per_prompt)]  # per prompt -> per picture
         num_images = len(placed)
 
-        # 2. Encode prompts and image prompts; under guidance the batch is [uncond, cond]
+        # 2. Timesteps, before any model runs, since only the scheduler knows how many iterations the loop has
+        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(schedule)
+        check_attention_steps(attention_steps, len(schedule))
+
+        # 3. Encode prompts and image prompts; under guidance the batch is [uncond, cond]
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             device,
@@ -328,11 +338,6 @@ class TokenComposePipeline(
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
             )
             added_cond_kwargs = {"image_embeds": image_embeds}
-
-        # 3. Timesteps
-        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
-        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(schedule)
 
         # 4. Latents, and what scheduler and UNet want besides
         latents = self.prepare_latents(

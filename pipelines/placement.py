@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.utils import logging
 
 from objectcompose.errors import MissingFieldError, ObjectComposeError
-from objectcompose.layout import SceneObject, as_scene_objects, object_fields_used
+from objectcompose.layout import SceneObject, as_scene_objects, check_canvas, object_fields_used
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.token_utils import find_phrases
 
@@ -20,6 +20,7 @@ def place_phrases(
     tokenizer: Any,
     prompts: str | list[str] | None,
     objects: Any,
+    canvas: tuple[int, int],
     used: Iterable[str],
     method: str,
 ) -> list[list[PlacedObject]]:
@@ -29,6 +30,7 @@ def place_phrases(
         tokenizer: the CLIP tokenizer of the text encoder.
         prompts: one prompt or a list of B prompts.
         objects: one list of `SceneObject`s (or dicts) for every prompt, or one list per prompt.
+        canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
 
@@ -39,6 +41,7 @@ def place_phrases(
         MissingFieldError: an object has neither `phrase` nor `token`.
         PhraseNotFoundError: a phrase does not occur in its prompt.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
+        RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
     """
     if prompts is None:
@@ -47,6 +50,8 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
+    for row in rows:
+        check_canvas(row, *canvas)
     used = tuple(used)
     return [_place_row(tokenizer, text, row, used, method) for text, row in zip(texts, rows, strict=True)]
 

@@ -343,15 +343,22 @@ class StableDiffusionStepsMixin:
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Set the scheduler's timesteps; returns them and the number of steps they stand for."""
+        """Set the scheduler's timesteps; returns them and the number of steps they stand for.
+
+        Raises:
+            ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
+        """
+        name, asked = "num_inference_steps", num_inference_steps
         if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-            return self.scheduler.timesteps, len(self.scheduler.timesteps)
-        if sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-            return self.scheduler.timesteps, len(self.scheduler.timesteps)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        return self.scheduler.timesteps, num_inference_steps
+            name, asked = "timesteps", timesteps
+        elif sigmas is not None:
+            name, asked = "sigmas", sigmas
+        try:
+            self.scheduler.set_timesteps(**{name: asked}, device=device)
+        except ValueError as error:
+            raise ObjectComposeError(f"`{name}` cannot be used with {type(self.scheduler).__name__}: {error}") from error
+        is_custom = name != "num_inference_steps"
+        return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
 
     def prepare_extra_step_kwargs(
         self, generator: torch.Generator | list[torch.Generator] | None, eta: float

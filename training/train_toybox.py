@@ -131,9 +131,8 @@ def train(preset: str, minutes: float | None, weights: Path, runs: Path) -> bool
         if shutil.which("g++"):
             command += EXTRAS.get(script, ())
         if end is not None:
-            share = ((end - time.monotonic()) / 60 - START_MINUTES) / len(
-                left
-            )  # a script gives it to each of its runs
+            # a script gives its minutes to each of its runs
+            share = ((end - time.monotonic()) / 60 - START_MINUTES) / len(left)
             if share < START_MINUTES:
                 return False
             command += ["--minutes", f"{share:.2f}"]

@@ -38,8 +38,6 @@ def main() -> int:
     modules, data = expected_modules(root), expected_data(root)
     failures = [f"missing data file {name}" for name in sorted(data) if not (installed / name).is_file()]
     for name in sorted(modules):
-        if name == "objectcompose.__main__":
-            continue
         try:
             importlib.import_module(name)
         except Exception as error:
