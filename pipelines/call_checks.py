@@ -22,7 +22,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def check_checkpoint(vae: Any, text_encoder: Any, unet: Any) -> None:
-    """Raise `CheckpointError` unless the components fit together as Stable Diffusion 1.x/2.x does; None is left out."""
+    """Raise `CheckpointError` unless the components fit together as in Stable Diffusion 1.x/2.x; None is left out."""
     if unet is None:
         return
     config = unet.config

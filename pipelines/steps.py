@@ -348,7 +348,8 @@ class StableDiffusionStepsMixin:
         Raises:
             ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
         """
-        name, asked = "num_inference_steps", num_inference_steps
+        name: str = "num_inference_steps"
+        asked: int | list[int] | list[float] = num_inference_steps
         if timesteps is not None:
             name, asked = "timesteps", timesteps
         elif sigmas is not None:
@@ -356,7 +357,8 @@ class StableDiffusionStepsMixin:
         try:
             self.scheduler.set_timesteps(**{name: asked}, device=device)
         except ValueError as error:
-            raise ObjectComposeError(f"`{name}` cannot be used with {type(self.scheduler).__name__}: {error}") from error
+            kind = type(self.scheduler).__name__
+            raise ObjectComposeError(f"`{name}` cannot be used with {kind}: {error}") from error
         is_custom = name != "num_inference_steps"
         return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
 

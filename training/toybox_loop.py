@@ -63,6 +63,7 @@ def fit(
     lr: float,
     ema_decay: float = 0.999,
     every: int = 250,
+    begun: tuple[int, float] = (0, 0.0),
 ) -> tuple[Any, int]:
     """Train until `args.steps`, or for `args.minutes`, going on from the newest checkpoint.
 
@@ -74,17 +75,25 @@ def fit(
         lr: peak learning rate; 3 % warm-up, then cosine to zero at `args.steps`.
         ema_decay: of the average that is returned.
         every: steps between checkpoints.
+        begun: steps and seconds that the model was trained for before, where there is no checkpoint: the schedule goes
+            on from there, with a new optimizer and average.
 
     Returns:
         A copy of the model with averaged weights, and the steps done.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    start, seconds_before = begun
+    # `initial_lr`: a schedule that starts late wants it
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "initial_lr": lr}], lr, (0.9, 0.99))
     schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=max(1, args.steps // 33), num_training_steps=args.steps
+        "cosine",
+        optimizer,
+        num_warmup_steps=max(1, args.steps // 33),
+        num_training_steps=args.steps,
+        last_epoch=start - 1,
     )
     ema = create_ema(model, ema_decay)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    checkpoints, start, began = Checkpointer(args.runs / name), 0, time.monotonic()
+    checkpoints, began = Checkpointer(args.runs / name), time.monotonic()
     device = next(model.parameters()).device
     if (found := checkpoints.latest(device)) is not None:
         start, state = found
@@ -92,6 +101,8 @@ def fit(
     ema.to(device)
     step = start
     log = JsonlLogger(args.runs / f"{name}.jsonl", resume_step=start)
+    if found is None and start:
+        log.log(start, seconds=seconds_before)
     with log, progress_bar(args.steps, start, name) as bar:
         while step < args.steps:
             loss = loss_of_step(step)

@@ -71,7 +71,7 @@ def main() -> None:
         return reconstruction_loss(vae.decode(posterior.sample()).sample, pixels) + KL_WEIGHT * posterior.kl().mean()
 
     averaged, step = fit("vae", vae, loss_of_step, args, lr=2e-3 if args.preset == "cpu" else 1e-3)
-    standardise_latents(averaged, pool.images(torch.arange(512), device) * 2 - 1)
+    standardise_latents(averaged, pool.images(torch.arange(min(512, len(pool.pixels))), device) * 2 - 1)
     averaged.register_to_config(scaling_factor=1.0)
     averaged.half().save_pretrained(args.weights / "base" / "vae")
     print(f"autoencoder after {step} steps: {args.weights / 'base' / 'vae'}")

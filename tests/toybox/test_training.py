@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,7 @@ from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.models import build_vae
 from objectcompose.toybox.scenes import render_references
 from objectcompose.toybox.weights import ENVIRONMENT_VARIABLE, toybox_path
-from objectcompose.training import train_toybox
+from objectcompose.training import train_toybox, train_toybox_base
 from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit
 
@@ -205,6 +206,27 @@ def test_trainers_write_loadable_weights(tiny_world):
     processor = AutoProcessor.from_pretrained(tiny_world / "clipseg")
     inputs = processor(text=["a dog"], images=picture, padding=True, return_tensors="pt")
     assert clipseg(**inputs).logits.shape == (1, 64, 64)
+
+
+@pytest.mark.slow
+def test_a_clone_goes_on_from_the_written_base(trained_world, tmp_path, monkeypatch):
+    """Without runs, `--continue_weights` takes up weights, step and minutes where the record left them."""
+    weights, runs = tmp_path / "weights", tmp_path / "runs"
+    shutil.copytree(trained_world, weights)
+    record = json.loads((weights / "toybox.json").read_text())
+    record["models"]["base"]["seconds"] = 600
+    (weights / "toybox.json").write_text(json.dumps(record))
+    arguments = ["--batch_size", "2", "--scenes", "256", "--weights", str(weights), "--runs", str(runs)]
+    monkeypatch.setattr(sys, "argv", ["base", "--continue_weights", "--steps", "3", *arguments])
+    before = StableDiffusionPipeline.from_pretrained(weights / "base").unet.state_dict()
+    train_toybox_base.main()
+    after = StableDiffusionPipeline.from_pretrained(weights / "base").unet.state_dict()
+    assert 0 < max((before[name].float() - after[name].float()).abs().max() for name in before) < 0.01
+    entry = train_toybox.write_record("cpu", weights, runs / "cpu")["models"]["base"]
+    assert entry["steps"] == 3 and entry["seconds"] >= 600
+    monkeypatch.setattr(sys, "argv", ["base", "--continue_weights", "--preset", "gpu", *arguments])
+    with pytest.raises(CheckpointError, match="continue_weights.*'gpu'"):
+        train_toybox_base.main()
 
 
 @pytest.mark.slow
