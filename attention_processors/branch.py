@@ -46,7 +46,7 @@ class Branch:
         scale: strength: a number, a scalar tensor, or one value per object, `(N,)` or `(B, N)`, on the model's device.
         mode: "add", or "replace" (the text gives way inside the regions).
         gamma: share of the text that stays inside the regions of a replacing branch.
-        num_objects: N, needed only where neither `regions`, `present` nor `scale` tell.
+        num_objects: N, needed only where neither `regions`, `present` nor `scale` tell; it must agree with them.
         present: bool `(N,)` or `(B, N)`: False for padded slots, whose tokens nobody sees.
         overlap: what happens on cells of several regions (module text).
         rows: the batch rows it acts on; None is all.
@@ -178,8 +178,12 @@ class Branch:
         if self._regions is None:
             return present.expand(-1, -1, num_tokens)
         weights = region_weights(self._regions, num_tokens, device)
-        if present.shape[1] != weights.shape[1]:
-            raise RegionError(f"`present` names {present.shape[1]} objects, `regions` {weights.shape[1]}.")
+        row_counts = {len(present), len(weights)} - {1}
+        if present.shape[1] != weights.shape[1] or len(row_counts) > 1:
+            raise RegionError(
+                f"`present` is of {present.shape[1]} objects in {len(present)} rows,"
+                f" `regions` of {weights.shape[1]} in {len(weights)}."
+            )
         return weights * present
 
     def _layer_keys_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -191,7 +195,7 @@ class Branch:
                 f"`keys_values` of layer {call.name} must be two tensors of shape ({count} | 1, N * T, {inner}),"
                 f" got {tuple(key.shape)} and {tuple(value.shape)}."
             )
-        num_objects = self._object_count(call)
+        num_objects = self._object_count(call, count)
         if num_objects == 0 or key.shape[1] % num_objects:
             raise PartConflictError(
                 f"`keys_values` of layer {call.name} has {key.shape[1]} tokens, not a multiple of {num_objects}"
@@ -204,13 +208,22 @@ class Branch:
         key, value = key.expand(count, -1, -1), value.expand(count, -1, -1)
         return split_heads(key, call.heads), split_heads(value, call.heads), num_objects
 
-    def _object_count(self, call: AttentionCall) -> int:
+    def _object_count(self, call: AttentionCall, rows: int) -> int:
+        """How many objects there are, by all that tells; `rows` is how many batch rows the branch acts on."""
         grid = self._grid(call.num_tokens, call.query.device)
+        told: dict[str, tuple[int, ...]] = {}  # (rows, objects)
+        if self.num_objects is not None:
+            told["num_objects"] = (1, self.num_objects)
         if grid is not None:
-            return grid.weights.shape[1]
+            told["regions or present"] = tuple(grid.weights.shape[:2])
         if isinstance(self.scale, torch.Tensor) and self.scale.ndim > 0:
-            return self.scale.shape[-1]
-        return self.num_objects or 1
+            told["scale"] = (1, *self.scale.shape)[-2:]
+        if len({count for _, count in told.values()}) > 1 or any(row not in (1, rows) for row, _ in told.values()):
+            raise PartConflictError(
+                f"a branch's arguments must agree on the objects and be for 1 or {rows} batch rows, got"
+                f" (rows, objects) {told}."
+            )
+        return next((count for _, count in told.values()), 1)
 
     def _attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The branch's attention `(rows, cells, C)`, scaled, and its coverage."""
@@ -253,7 +266,7 @@ def check_replacing_branches(
     """Refuse two replacing branches that act on one cell of the grid with `num_tokens` cells.
 
     Raises:
-        PartConflictError: two of them do, in the same batch row.
+        PartConflictError: two of them do, in the same batch row, or regions do not fit the batch.
     """
     taken = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
     for branch in branches:
@@ -261,12 +274,15 @@ def check_replacing_branches(
             continue
         own = torch.zeros_like(taken)
         coverage = branch.coverage(num_tokens, device)
+        rows = len(rows_of_batch(branch.rows, batch_size))
+        if coverage is not None and len(coverage) not in (1, rows):
+            raise PartConflictError(f"`regions` of a branch has {len(coverage)} batch rows, it acts on {rows}.")
         target = own if branch.rows is None else own[branch.rows]  # a view: writing it writes `own`
         target[:] = True if coverage is None else coverage[..., 0] > 0
         both = taken & own
         if both.any():
             raise PartConflictError(
-                f'two branches with mode="replace" act on one cell ({int(both.sum())} of {num_tokens} cells);'
+                f'two branches with mode="replace" act on one cell ({int(both.any(0).sum())} of {num_tokens} cells);'
                 " make their regions exclusive, or let one of them add."
             )
         taken |= own
@@ -276,7 +292,7 @@ def cached_projection(
     cache: dict[str, Any],
     tokens: torch.Tensor | Sequence[torch.Tensor],
     project: Callable[..., KeysValues],
-    parameters: Iterable[torch.Tensor] = (),
+    parameters: Iterable[torch.Tensor],
 ) -> KeysValues:
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
@@ -287,7 +303,7 @@ def cached_projection(
         cache: a dictionary that the caller keeps (and may clear); one per use.
         tokens: one tensor or several.
         project: gives `{layer: (key, value)}`.
-        parameters: the weights that `project` uses.
+        parameters: all weights that `project` uses.
     """
     tokens = (tokens,) if isinstance(tokens, torch.Tensor) else tuple(tokens)
     weights = tuple(parameters)

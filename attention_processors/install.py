@@ -118,6 +118,7 @@ def use_parts(unet: Any, parts: Sequence[Any]) -> Iterator[Mapping[str, tuple[An
     """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
 
     Without parts nothing is installed. Blocks may be nested: the inner one adds its parts to those of the outer one.
+    With gradient checkpointing, run the backward pass inside the block too: it computes the layers again.
 
     Args:
         unet: a diffusers UNet, also compiled or with LoRA layers.

@@ -131,7 +131,7 @@ def mean_object_maps(maps: Mapping[str, torch.Tensor], owners: torch.Tensor) -> 
         float32 `(B, heads | 1, HW, N)`.
 
     Raises:
-        ObjectComposeError: no maps, or maps of several resolutions.
+        ObjectComposeError: no maps, maps of several resolutions, or `owners` that do not fit them.
     """
     _zero_like_maps(maps)
     columns = [x.float() if x.ndim == 4 else x.float()[:, None] for x in maps.values()]
@@ -140,7 +140,7 @@ def mean_object_maps(maps: Mapping[str, torch.Tensor], owners: torch.Tensor) -> 
             f"`maps` must share one shape to be averaged, got {sorted({tuple(x.shape) for x in columns})}."
         )
     mean = torch.stack(columns).mean(0)
-    owner = owners.to(mean).expand(mean.shape[0], -1, -1) if owners.ndim == 2 else owners.to(mean)
+    owner, _ = _owners_and_weights(owners, None, mean)
     return torch.einsum("bhqt,btn->bhqn", mean, owner / owner.sum(1, keepdim=True).clamp_min(1))
 
 
@@ -249,9 +249,12 @@ def box_masses(mass: torch.Tensor, regions: Any) -> tuple[torch.Tensor, torch.Te
 
     Returns:
         inside and outside, float32 `(B, S)` each; outside counts cells of no box at all.
+
+    Raises:
+        RegionError: the boxes do not fit the mass.
     """
-    members = (region_weights(regions, mass.shape[2], mass.device) > 0).float()  # (B | 1, S, HW)
-    background = 1 - members.amax(1)  # (B | 1, HW)
+    members = _object_masks(regions, mass.shape[2], mass.shape[0], mass.shape[3], mass.device) > 0  # (B, S, HW)
+    background = ~members.any(1)  # (B, HW)
     per_cell = mass.float().sum(1)  # (B, HW, S)
     inside = (per_cell * members.transpose(1, 2)).sum(1)
     outside = (per_cell * background[:, :, None]).sum(1)
@@ -298,6 +301,11 @@ def _owners_and_weights(
         )
     if present is None:
         return owner, (owner.sum(1) > 0).float()
+    if tuple(present.shape) not in ((owner.shape[2],), (batch_size, owner.shape[2])):
+        raise ObjectComposeError(
+            f"`present` must have shape ({owner.shape[2]},) or ({batch_size}, {owner.shape[2]}),"
+            f" got {tuple(present.shape)}."
+        )
     return owner, present.to(columns.device, torch.float32).expand(batch_size, -1)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from objectcompose.errors import RegionError
+from objectcompose.errors import PartConflictError, RegionError
 
 
 def region_weights(regions: Any, num_tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -52,8 +52,15 @@ def region_weights(regions: Any, num_tokens: int, device: torch.device | str | N
 
 
 def rows_of_batch(rows: slice | None, batch_size: int) -> range:
-    """The batch rows that a part's `rows` chooses (all of them for None)."""
-    return range(batch_size) if rows is None else range(batch_size)[rows]
+    """The batch rows that a part's `rows` chooses (all of them for None).
+
+    Raises:
+        PartConflictError: it chooses none, such as the conditional half of a call without guidance.
+    """
+    chosen = range(batch_size) if rows is None else range(batch_size)[rows]
+    if not len(chosen):
+        raise PartConflictError(f"`rows` of a part must choose some of the {batch_size} batch rows, got {rows}.")
+    return chosen
 
 
 class GroupedVisibility:

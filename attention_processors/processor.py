@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from objectcompose.attention_processors.mask import GroupedVisibility, intersect_row_groups
+from objectcompose.attention_processors.mask import GroupedVisibility, intersect_row_groups, rows_of_batch
 
 
 def split_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
@@ -87,9 +87,10 @@ class AttentionCall:
         return self.query.shape[2]
 
     def select(self, rows: slice | None) -> AttentionCall:
-        """The same call for some batch rows."""
+        """The same call for some batch rows, at least one (PartConflictError)."""
         if rows is None:
             return self
+        rows_of_batch(rows, self.batch_size)
         visible = self.visible if self.visible is None or self.visible.shape[0] == 1 else self.visible[rows]
         return AttentionCall(
             self.name,

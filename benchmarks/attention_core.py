@@ -29,17 +29,17 @@ from objectcompose.evaluation.results import write_result
 NUM_OBJECTS = 4
 TOKENS_PER_OBJECT = 16
 LAYER = {"cells": 4096, "heads": 8, "head_width": 40}
-MEMORY_REPEATS = 3
+MEMORY_REPEATS = 5
 # The layers that methods read: decoder and middle for training on token maps, up to the 16 x 16 decoder for guidance.
 TOKEN_LAYERS = r"(mid_block|up_blocks).*attn2$"
 GUIDANCE_LAYERS = r"(mid_block|up_blocks\.1\.).*attn"
 PROTOCOL = (
     "Times: one forward of an SD1-shaped UNet of width 40 at 64x64 latents, batch 2, no gradients, sides alternated."
     " Probe: 4 tokens in the 10 cross-attention layers of the middle and the decoder, and the mass of 4 regions in the"
-    " 4 self-attention layers of the middle and up_blocks.1. Branch: 4 objects of 16 tokens, replacing, in all 16"
-    " cross-attention layers. Early exit: left after the middle and up_blocks.1. Memory: peak of a fresh process above"
-    " what it had loaded, one self-attention layer (4096 cells, 8 heads of width 40) forward and backward, with the"
-    " probe less without, median of 3, over the bytes of one float32 map."
+    " 4 self-attention layers of the middle and up_blocks.1. Branch: 4 objects of 16 tokens, keys and values given,"
+    " replacing, in all 16 cross-attention layers. Early exit: left after the middle and up_blocks.1. Memory: peak of"
+    " a fresh process above what it had loaded, one self-attention layer (4096 cells, 8 heads of width 40) forward and"
+    f" backward, with the probe less without, median of {MEMORY_REPEATS}, over the bytes of one float32 map."
 )
 
 
@@ -80,9 +80,10 @@ def branch_parts(unet: Any, batch_size: int) -> list[Any]:
 def prepare_layer(mode: str) -> Callable[[], Any]:
     """For `peak_memory`: one self-attention layer with gradients; `mode` is "plain", "probe" or "explicit"."""
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where `peak_memory` looks
     width = LAYER["heads"] * LAYER["head_width"]
-    attn = Attention(query_dim=width, heads=LAYER["heads"], dim_head=LAYER["head_width"])
-    states = torch.randn(1, LAYER["cells"], width, requires_grad=True)
+    attn = Attention(query_dim=width, heads=LAYER["heads"], dim_head=LAYER["head_width"]).to(device)
+    states = torch.randn(1, LAYER["cells"], width, device=device, requires_grad=True)
     probe = RegionMassProbe(Quadrants())
     processor = ComposedAttnProcessor("layer", [probe] if mode == "probe" else [])
 
@@ -97,7 +98,7 @@ def prepare_layer(mode: str) -> Callable[[], Any]:
                 for project in (attn.to_q, attn.to_k)
             )
             probabilities = (query @ key.transpose(-1, -2) * LAYER["head_width"] ** -0.5).softmax(-1)
-            indicators = Quadrants().at_tokens(LAYER["cells"]).flatten(1).T
+            indicators = Quadrants().at_tokens(LAYER["cells"], device).flatten(1).T
             scalar = scalar + (probabilities @ indicators).mean(1).square().mean()
         scalar.backward()
 
@@ -107,10 +108,9 @@ def prepare_layer(mode: str) -> Callable[[], Any]:
 def memory_rows() -> list[dict[str, Any]]:
     """Peak memory of each mode, in fresh processes; the explicit map once, for comparison."""
     rows = []
-    for mode, repeats in (("plain", MEMORY_REPEATS), ("probe", MEMORY_REPEATS), ("explicit", 1)):
-        for repeat in range(repeats):
-            peak = peak_memory("benchmarks.attention_core:prepare_layer", mode=mode)
-            rows.append({"case": "memory", "mode": mode, "repeat": repeat, "extra_bytes": peak.extra_bytes})
+    for mode in ("plain", "probe") * MEMORY_REPEATS + ("explicit",):
+        peak = peak_memory("benchmarks.attention_core:prepare_layer", mode=mode)
+        rows.append({"case": "memory", "mode": mode, "device": peak.device, "extra_bytes": peak.extra_bytes})
     return rows
 
 
@@ -157,7 +157,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
         for mode in ("plain", "probe", "explicit")
     }
     one_map = LAYER["heads"] * LAYER["cells"] ** 2 * 4
-    metrics["probe_memory_share"] = max(0.0, (extra["probe"] - extra["plain"]) / one_map)
+    metrics["probe_memory_share"] = (extra["probe"] - extra["plain"]) / one_map
     metrics["explicit_memory_share"] = (extra["explicit"] - extra["plain"]) / one_map
     return metrics
 
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "attention_core",
         metrics,
         rows,
-        command="python -m benchmarks.attention_core",
+        command=f"python -m benchmarks.attention_core --device {args.device} --pairs {args.pairs}",
         seeds=[0],
         protocol=PROTOCOL,
         recompute="benchmarks.attention_core:metrics_of_rows",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from objectcompose.errors import ObjectComposeError
-from objectcompose.training.files import write_atomically
+from objectcompose.files import write_atomically
 
 
 RESULTS_FOLDER = Path("benchmarks") / "results"

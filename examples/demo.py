@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.examples.gallery import GalleryRow, save_gallery
+from objectcompose.files import write_atomically
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.pipelines.pipeline_output import ComposeOutput
@@ -31,7 +32,6 @@ from objectcompose.pipelines.plot import overlay_output
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.scenes import list_objects
 from objectcompose.toybox.weights import active_categories
-from objectcompose.training.files import write_atomically
 
 
 # positions in the list of categories that the model was trained on, so that every preset has these scenes

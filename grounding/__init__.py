@@ -1,1 +1,1 @@
-"""From phrases and pictures to boxes and masks."""
+"""From phrases and pictures to boxes and masks; `objectcompose.grounding.grounder` is the door."""

@@ -19,16 +19,25 @@ if TYPE_CHECKING:
     from objectcompose.attention_processors.probe import TokenMapProbe as TokenMapProbe
     from objectcompose.attention_processors.regions import rasterize as rasterize
     from objectcompose.errors import CheckpointError as CheckpointError
+    from objectcompose.errors import CheckpointFileError as CheckpointFileError
     from objectcompose.errors import ImageInputError as ImageInputError
     from objectcompose.errors import LayerNotFoundError as LayerNotFoundError
     from objectcompose.errors import LayoutError as LayoutError
     from objectcompose.errors import MissingFieldError as MissingFieldError
+    from objectcompose.errors import MissingPackageError as MissingPackageError
     from objectcompose.errors import NonFiniteError as NonFiniteError
     from objectcompose.errors import ObjectComposeError as ObjectComposeError
+    from objectcompose.errors import ObjectNotFoundError as ObjectNotFoundError
     from objectcompose.errors import PartConflictError as PartConflictError
     from objectcompose.errors import PhraseNotFoundError as PhraseNotFoundError
     from objectcompose.errors import PromptTooLongError as PromptTooLongError
     from objectcompose.errors import RegionError as RegionError
+    from objectcompose.grounding.cache import GroundingCache as GroundingCache
+    from objectcompose.grounding.detection import Detection as Detection
+    from objectcompose.grounding.detection import detections_to_layout as detections_to_layout
+    from objectcompose.grounding.detection import merge_detections as merge_detections
+    from objectcompose.grounding.grounder import Grounder as Grounder
+    from objectcompose.grounding.grounder import load_grounder as load_grounder
     from objectcompose.layout import Layout as Layout
     from objectcompose.layout import SceneObject as SceneObject
     from objectcompose.layout import layout_from_coco as layout_from_coco
@@ -41,15 +50,21 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Branch": "objectcompose.attention_processors.branch",
     "CheckpointError": "objectcompose.errors",
+    "CheckpointFileError": "objectcompose.errors",
     "ComposeOutput": "objectcompose.pipelines.pipeline_output",
+    "Detection": "objectcompose.grounding.detection",
+    "Grounder": "objectcompose.grounding.grounder",
+    "GroundingCache": "objectcompose.grounding.cache",
     "ImageInputError": "objectcompose.errors",
     "KeyMask": "objectcompose.attention_processors.mask",
     "LayerNotFoundError": "objectcompose.errors",
     "Layout": "objectcompose.layout",
     "LayoutError": "objectcompose.errors",
     "MissingFieldError": "objectcompose.errors",
+    "MissingPackageError": "objectcompose.errors",
     "NonFiniteError": "objectcompose.errors",
     "ObjectComposeError": "objectcompose.errors",
+    "ObjectNotFoundError": "objectcompose.errors",
     "PartConflictError": "objectcompose.errors",
     "PhraseNotFoundError": "objectcompose.errors",
     "PromptTooLongError": "objectcompose.errors",
@@ -58,9 +73,12 @@ _PUBLIC = {
     "SceneObject": "objectcompose.layout",
     "TokenComposePipeline": "objectcompose.pipelines.pipeline_token_compose",
     "TokenMapProbe": "objectcompose.attention_processors.probe",
+    "detections_to_layout": "objectcompose.grounding.detection",
     "layout_from_coco": "objectcompose.layout",
+    "load_grounder": "objectcompose.grounding.grounder",
     "load_layout": "objectcompose.layout",
     "match_layers": "objectcompose.attention_processors.install",
+    "merge_detections": "objectcompose.grounding.detection",
     "rasterize": "objectcompose.attention_processors.regions",
     "save_layout": "objectcompose.layout",
     "use_parts": "objectcompose.attention_processors.install",

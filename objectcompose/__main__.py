@@ -15,6 +15,7 @@ from objectcompose.errors import ObjectComposeError
 
 COMMANDS: dict[str, str] = {
     "generate": "objectcompose.pipelines.generate",
+    "ground": "objectcompose.grounding.command",
 }
 
 

@@ -41,9 +41,21 @@ class CheckpointError(ObjectComposeError):
     """Weights are missing, corrupt, in an unsafe format, or made for another base model."""
 
 
+class CheckpointFileError(CheckpointError, OSError):
+    """Files of a checkpoint could not be read, written, fetched or pushed; also an `OSError`, as in diffusers."""
+
+
 class ImageInputError(ObjectComposeError):
     """A picture cannot be read or has an unusable shape."""
 
 
 class NonFiniteError(ObjectComposeError):
     """A tensor holds NaN or infinite values where finite ones are required."""
+
+
+class ObjectNotFoundError(ObjectComposeError):
+    """A phrase names nothing that is seen in the picture."""
+
+
+class MissingPackageError(ObjectComposeError):
+    """An optional package is needed that is not installed; the message holds the line that installs it."""

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from PIL import Image
 
 from objectcompose.errors import ImageInputError, LayoutError, MissingFieldError, ObjectComposeError, RegionError
+from objectcompose.files import write_atomically
 from objectcompose.layout_fields import (
     check_box,
     check_mask,
@@ -271,7 +271,7 @@ def save_layout(layout: Layout, path: str | os.PathLike) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         entries = [_object_to_json(obj, pictures) for obj in layout.objects]
         data = {"schema_version": SCHEMA_VERSION, "prompt": layout.prompt, "objects": entries}
-        _write_atomically(target, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(target, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
     except (OSError, ValueError, TypeError) as error:
         raise LayoutError(f"`path` must be a file that can be written, got {shown_value(path)}: {error}.") from error
 
@@ -420,22 +420,8 @@ def _save_picture(value: Any, pictures: Path) -> str:
     picture.save(encoded, format="PNG")
     pictures.mkdir(exist_ok=True)
     name = f"{hashlib.sha256(content).hexdigest()[:20]}.png"
-    _write_atomically(pictures / name, encoded.getvalue())
+    write_atomically(pictures / name, encoded.getvalue())
     return f"{pictures.name}/{name}"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _picture_bytes(value: Any) -> bytes:

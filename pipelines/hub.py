@@ -1,7 +1,8 @@
 """Flattener: writes a pipeline and the modules of the package that it needs as one self-contained file.
 
 `custom_pipeline=` of diffusers runs one file in a process that may not have this package, so `make hub-files` merges
-each `pipeline_*.py` with everything it imports from the package into `hub_files/<stem>/pipeline.py`. Nothing is
+each `pipeline_*.py` with everything it imports from the package into `hub_files/<stem>/pipeline.py`, and each
+`adapters/*_adapter.py` into `hub_files/<stem>/<stem>.py`; `saving.py` copies these files. Nothing is
 guessed: whatever cannot be merged exactly (a name defined in two modules, an alias, an import inside a function, ...)
 is a build error that names the file and line.
 
@@ -265,10 +266,13 @@ def _refuse_shared_lines(tree: ast.Module, removed: set[int], name: str) -> None
 
 
 def hub_sources() -> dict[Path, str]:
-    """Path below `HUB_FOLDER` -> source, for each pipeline module in this folder."""
-    room = __name__.rpartition(".")[0] if __name__ != "__main__" else "objectcompose.pipelines"
-    stems = sorted(path.stem for path in Path(__file__).resolve().parent.glob("pipeline_*.py"))
-    return {Path(stem) / "pipeline.py": flatten(f"{room}.{stem}") for stem in stems if stem != "pipeline_output"}
+    """Path below `HUB_FOLDER` -> source, for each module of a pipeline and of an adapter."""
+    package = __name__.split(".")[0] if __name__ != "__main__" else "objectcompose"
+    rooms = HUB_FOLDER.parents[1]
+    pipelines = sorted(path.stem for path in rooms.glob("pipelines/pipeline_*.py") if path.stem != "pipeline_output")
+    adapters = sorted(path.stem for path in rooms.glob("adapters/*_adapter.py"))
+    sources = {Path(stem) / "pipeline.py": flatten(f"{package}.pipelines.{stem}") for stem in pipelines}
+    return sources | {Path(stem) / f"{stem}.py": flatten(f"{package}.adapters.{stem}") for stem in adapters}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HubBuildError as error:
         print(f"hub-files: {error}", file=sys.stderr)
         return 1
-    present = {path.relative_to(HUB_FOLDER) for path in HUB_FOLDER.glob("*/pipeline.py")}
+    present = {path.relative_to(HUB_FOLDER) for path in HUB_FOLDER.glob("*/*.py")}
     stale = sorted(present - set(sources))
     for path, source in sources.items():
         target = HUB_FOLDER / path

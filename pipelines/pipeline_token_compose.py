@@ -48,10 +48,12 @@ from objectcompose.pipelines.call_checks import (
 )
 from objectcompose.pipelines.pipeline_output import ComposeOutput, PlacedObject
 from objectcompose.pipelines.placement import place_phrases, warn_unused_fields
+from objectcompose.pipelines.saving import HubSavingMixin
 from objectcompose.pipelines.steps import StableDiffusionStepsMixin, modernize_scheduler
 
 
 class TokenComposePipeline(
+    HubSavingMixin,
     StableDiffusionStepsMixin,
     DiffusionPipeline,
     StableDiffusionMixin,

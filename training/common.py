@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from objectcompose.errors import CheckpointError, ObjectComposeError
-from objectcompose.training.files import write_atomically
+from objectcompose.files import write_atomically
 
 
 _STEP_PREFIX = "step-"

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from objectcompose.adapters.model_card import CardFigure, ModelCardFacts, figures_from_result, write_model_card
+from objectcompose.files import write_atomically
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.weights import weights_hash
 from objectcompose.training import (
@@ -32,8 +34,6 @@ from objectcompose.training import (
     train_toybox_vae,
 )
 from objectcompose.training.common import Checkpointer, read_log
-from objectcompose.training.files import write_atomically
-from objectcompose.training.model_card import CardFigure, ModelCardFacts, figures_from_result, write_model_card
 
 
 VERSION = "toybox-1"

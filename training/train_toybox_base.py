@@ -2,7 +2,7 @@
 
     python -m objectcompose.training.train_toybox_base --preset cpu --compile --minutes 60     # run again to go on
     python -m objectcompose.training.train_toybox_base --preset gpu --compile --minutes 9      # twice
-    python -m objectcompose.training.train_toybox_base --preset cpu --continue_weights         # in a clone without runs
+    python -m objectcompose.training.train_toybox_base --preset cpu --continue_weights     # in a fresh clone
 
 Epsilon prediction with min-SNR weighting (Hang et al., 2023, arXiv:2303.09556, gamma = 5) and 10 % caption dropout.
 The scenes' latents are computed once. Ends by writing `base/` as a Stable Diffusion pipeline in fp16.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from objectcompose.attention_processors.install import attention_layers
 from tests.tiny import tiny_added_cond, tiny_unet
@@ -62,6 +65,38 @@ def explicit_probabilities(unet):
     finally:
         for handle in handles:
             handle.remove()
+
+
+class TensorSizes(TorchDispatchMode):
+    """Bytes of the tensors made inside the block: `largest` of one, and `peak` of all that lived at a time.
+
+    What a fused kernel keeps inside is not seen, what a kernel that materialises makes is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.peak = self._living = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._living += size
+        self.largest, self.peak = max(self.largest, size), max(self.peak, self._living)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key, size):
+        self._known.discard(key)
+        self._living -= size
 
 
 def half_regions(num_regions: int = 2):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from objectcompose.attention_processors.branch import Branch, cached_projection, check_replacing_branches
-from objectcompose.attention_processors.install import match_layers, use_parts
+from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
 from objectcompose.attention_processors.probe import TokenMapProbe
 from objectcompose.attention_processors.processor import ComposedAttnProcessor
@@ -192,7 +192,7 @@ def test_values_of_one_side_never_leak_as_nan(layer, states):
 
 def test_two_replacing_branches_on_one_cell_conflict(layer, states):
     first, second = (Branch(keys_values(3), cells(*where), mode="replace") for where in ((0, 1), (1, 2)))
-    with pytest.raises(PartConflictError, match="2 of 16 cells"):
+    with pytest.raises(PartConflictError, match="1 of 16 cells"):
         compose(layer, states, [first, second])
     second.regions = cells(2, 3)
     processor = ComposedAttnProcessor("layer", [first, second])
@@ -204,11 +204,30 @@ def test_two_replacing_branches_on_one_cell_conflict(layer, states):
     processor(layer, states[0], encoder_hidden_states=states[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_conflict_in_a_unet_leaves_no_trace(kind):
+    unet, inputs = unet_and_inputs(kind)
+    before = {name: module.processor for name, module in attention_layers(unet).items()}
+    pairs = random_keys_values(unet, match_layers(unet, r"attn2$"), 2, 3)
+    thirds = half_regions(3)
+    first, second = (Branch(pairs, OneOf(thirds, [which]), mode="replace") for which in (0, 1))
+    with use_parts(unet, [first, second]):
+        predict(unet, inputs)
+    second.regions = thirds
+    with pytest.raises(PartConflictError, match='mode="replace"'), use_parts(unet, [first, second]):
+        predict(unet, inputs)
+    assert all(module.processor is before[name] for name, module in attention_layers(unet).items())
+
+
 def test_replacing_everywhere_conflicts_unless_the_rows_differ():
     first, second = (Branch(keys_values(3), mode="replace", rows=rows) for rows in (slice(0, 1), slice(1, 2)))
     check_replacing_branches([first, second], CELLS, 2)
     second.rows = None
-    with pytest.raises(PartConflictError):
+    with pytest.raises(PartConflictError, match="16 of 16 cells"):
+        check_replacing_branches([first, second], CELLS, 2)
+    second.regions = torch.zeros(3, 1, 4, 4)
+    with pytest.raises(PartConflictError, match="3 batch rows"):
         check_replacing_branches([first, second], CELLS, 2)
 
 
@@ -222,6 +241,12 @@ def test_replacing_everywhere_conflicts_unless_the_rows_differ():
         ({"keys_values": keys_values(5), "num_objects": 2}, PartConflictError, "multiple of 2"),
         ({"regions": torch.ones(2, 3, 3)}, RegionError, "3 x 3"),
         ({"regions": torch.ones(2, 4, 4), "present": torch.ones(3).bool()}, RegionError, "3 objects"),
+        ({"regions": torch.ones(3, 2, 4, 4), "present": torch.ones(2, 2).bool()}, RegionError, "in 3"),
+        ({"regions": torch.ones(3, 2, 4, 4)}, PartConflictError, "1 or 2 batch rows"),
+        ({"scale": torch.ones(3, 2)}, PartConflictError, "1 or 2 batch rows"),
+        ({"regions": torch.ones(2, 4, 4), "scale": torch.ones(3)}, PartConflictError, "agree on the objects"),
+        ({"regions": torch.ones(2, 4, 4), "num_objects": 3}, PartConflictError, "agree on the objects"),
+        ({"rows": slice(2, None)}, PartConflictError, "some of the 2 batch rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(layer, states, arguments, error, message):
@@ -316,11 +341,13 @@ class TestCachedProjection:
             assert cached_projection(cache, tokens, project, linear.parameters())["layer"][0].requires_grad
         assert len(counted) == 2 and cache == {}
 
+    @pytest.mark.parametrize("kind", KINDS)
     @torch.no_grad()
-    def test_once_per_call_of_many_steps_and_new_tokens_change_the_picture(self):
-        unet, inputs = unet_and_inputs("sd1")
+    def test_once_per_call_of_many_steps_and_new_tokens_change_the_picture(self, kind):
+        unet, inputs = unet_and_inputs(kind)
         cross = match_layers(unet, r"attn2$")
         projections = {name: torch.nn.Linear(8, unet.get_submodule(name).to_q.out_features) for name in cross}
+        weights = [weight for linear in projections.values() for weight in linear.parameters()]
         counted, cache, outputs = [], {}, []
 
         def project(tokens):
@@ -329,7 +356,7 @@ class TestCachedProjection:
 
         for tokens in (torch.randn(1, 4, 8), torch.randn(1, 4, 8)):
             for _ in range(3):
-                with use_parts(unet, [Branch(cached_projection(cache, tokens, project))]):
+                with use_parts(unet, [Branch(cached_projection(cache, tokens, project, weights))]):
                     outputs.append(predict(unet, inputs))
         assert len(counted) == 2
         assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[2], outputs[3])

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 
+from objectcompose.attention_processors import branch as branch_module
+from objectcompose.attention_processors import mask as mask_module
+from objectcompose.attention_processors import probe as probe_module
 from objectcompose.attention_processors.branch import Branch
 from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
@@ -77,9 +88,10 @@ def test_probes_leave_the_output_bit_identical(kind):
 
 
 @pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_restored_after_an_exception_at_any_step(step):
-    unet, inputs = unet_and_inputs("sd1")
+def test_restored_after_an_exception_at_any_step(kind, step):
+    unet, inputs = unet_and_inputs(kind)
     plain, before = predict(unet, inputs), processors(unet)
     with pytest.raises(RuntimeError, match="stop"):
         with use_parts(unet, neutral_parts(unet)):
@@ -133,6 +145,37 @@ def test_something_that_is_no_part_is_refused():
         pass
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_parts_of_a_second_copy_of_the_package_are_taken(kind):
+    """A flattened Hub file holds its own classes: parts are told apart by what they say, not by class."""
+    unet, inputs = unet_and_inputs(kind)
+    copies = {}
+    for module in (branch_module, mask_module, probe_module):
+        spec = importlib.util.spec_from_file_location(f"second_{module.__name__.split('.')[-1]}", module.__file__)
+        copies[module] = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = copies[module]  # where dataclasses look for their module
+        spec.loader.exec_module(copies[module])
+    keys_values = random_keys_values(unet, match_layers(unet, r"attn2$"), 2, 6)
+
+    def parts(branch, mask, probe):
+        return [
+            branch.Branch(keys_values, half_regions()),
+            mask.KeyMask(torch.arange(11) != 4),
+            mask.RegionKeyMask(half_regions(3)),
+            probe.TokenMapProbe([1, 4]),
+            probe.RegionMassProbe(half_regions()),
+        ]
+
+    own, second = parts(branch_module, mask_module, probe_module), parts(*copies.values())
+    assert not any(isinstance(one, type(other)) for one, other in zip(own, second, strict=True))
+    with use_parts(unet, own):
+        expected = predict(unet, inputs)
+    with use_parts(unet, second):
+        assert torch.equal(predict(unet, inputs), expected)
+    assert second[-1].mass.keys() == own[-1].mass.keys()
+
+
 def test_names_with_the_processor_suffix_are_accepted():
     unet, _ = unet_and_inputs("sd1")
     names = match_layers(unet, r"mid_block.*attn2$")
@@ -153,6 +196,21 @@ def test_nested_blocks_add_their_parts():
     assert outer.maps.keys() == inner.maps.keys() != set()
 
 
+@pytest.mark.parametrize("change", ["explicit", "sliced", "fused projections"])
+@torch.no_grad()
+def test_other_plain_processors_are_replaced_and_come_back(change):
+    unet, inputs = unet_and_inputs("sd2")
+    if change == "fused projections":
+        unet.fuse_qkv_projections()
+    else:
+        unet.set_attn_processor(AttnProcessor() if change == "explicit" else SlicedAttnProcessor(1))
+    plain, before = predict(unet, inputs), processors(unet)
+    with use_parts(unet, neutral_parts(unet)):
+        torch.testing.assert_close(predict(unet, inputs), plain, atol=1e-5, rtol=0)
+    assert same_objects(processors(unet), before)
+    assert torch.equal(predict(unet, inputs), plain)
+
+
 def test_unknown_processors_are_refused_by_name():
     class OtherProcessor(AttnProcessor2_0):
         pass
@@ -165,28 +223,37 @@ def test_unknown_processors_are_refused_by_name():
     assert isinstance(attention_layers(unet)[name].processor, OtherProcessor)
 
 
-def install_ip_adapter(unet):
-    """The processors that `load_ip_adapter` installs, with random weights."""
+def load_ip_adapter(unet, num_tokens=4, image_width=9):
+    """What `load_ip_adapter` does to a UNet, with random weights."""
+    width, number = unet.config.cross_attention_dim, 1
+    generator = torch.Generator().manual_seed(1)
+    attention = {}
     for name, module in attention_layers(unet).items():
         if name.endswith("attn2"):
-            module.set_processor(IPAdapterAttnProcessor2_0(module.to_q.out_features, unet.config.cross_attention_dim))
+            for which in ("k", "v"):
+                weight = torch.randn(module.to_k.out_features, width, generator=generator)
+                attention[f"{number}.to_{which}_ip.weight"] = weight
+            number += 2
+    projection = {
+        "proj.weight": torch.randn(num_tokens * width, image_width, generator=generator),
+        "proj.bias": torch.zeros(num_tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": attention}])
+    return torch.randn(2, 1, image_width, generator=generator)
 
 
+@pytest.mark.filterwarnings("ignore:.*low_cpu_mem_usage")
 class TestIPAdapter:
     """An IP-Adapter's own processors stay, and parts act beside them."""
 
-    @pytest.fixture
-    def prepared(self):
-        unet, inputs = unet_and_inputs("sd2")
-        install_ip_adapter(unet)
-        blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
-        text = inputs["encoder_hidden_states"]
-        image = torch.randn(2, 4, text.shape[-1], generator=torch.Generator().manual_seed(1))
-        for block in blocks:  # what a pipeline reaches through `encoder_hid_proj`: text and image tokens as a tuple
-            block.attn2.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, {**kwargs, "encoder_hidden_states": (text, [image])}),
-                with_kwargs=True,
-            )
+    @pytest.fixture(params=KINDS)
+    def prepared(self, request):
+        unet, inputs = unet_and_inputs(request.param)
+        image = load_ip_adapter(unet)
+        assert any(isinstance(processor, IPAdapterAttnProcessor2_0) for processor in processors(unet).values())
+        inputs["added_cond_kwargs"] = {**inputs.get("added_cond_kwargs", {}), "image_embeds": [image]}
         return unet, inputs
 
     @torch.no_grad()
@@ -221,14 +288,18 @@ class TestIPAdapter:
         assert not torch.allclose(masked, nothing)  # the image part is still there
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["added", "wrapped by PEFT"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_lora_layers_keep_working():
+def test_lora_layers_keep_working(kind, is_wrapped):
     peft = pytest.importorskip("peft")
-    unet, inputs = unet_and_inputs("sd1")
+    unet, inputs = unet_and_inputs(kind)
     plain = predict(unet, inputs)
-    unet.add_adapter(
-        peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-    )
+    lora = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    if is_wrapped:
+        unet = peft.get_peft_model(unet, lora)
+    else:
+        unet.add_adapter(lora)
     with_lora = predict(unet, inputs)
     assert not torch.allclose(plain, with_lora)
     with use_parts(unet, neutral_parts(unet)):

@@ -91,6 +91,8 @@ class TestTokenLoss:
             token_loss(maps, TOP, ONE, head_mode="mean")
         with pytest.raises(ObjectComposeError, match="owners"):
             token_loss(maps, TOP, torch.ones(2, 1))
+        with pytest.raises(ObjectComposeError, match="present"):
+            token_loss(maps, TOP, ONE, present=torch.ones(2))
         with pytest.raises(RegionError, match="masks"):
             token_loss(maps, TOP.expand(2, -1, -1), ONE)
 
@@ -190,6 +192,8 @@ def test_mean_object_maps():
     torch.testing.assert_close(result[0, 0, 0], torch.tensor([0.4, 0.3]))
     with pytest.raises(ObjectComposeError, match="one shape"):
         mean_object_maps({"a": torch.zeros(1, 2, 4, 3), "b": torch.zeros(1, 2, 16, 3)}, owners)
+    with pytest.raises(ObjectComposeError, match="owners"):
+        mean_object_maps(maps, owners[:2])
 
 
 class TestMIFO:
@@ -220,6 +224,9 @@ class TestMIFO:
         inside, outside = box_masses(mass, boxes)
         torch.testing.assert_close(inside, torch.tensor([[1.0, 1.4]]))
         torch.testing.assert_close(outside, torch.tensor([[0.8, 0.4]]))
+        with pytest.raises(RegionError, match="2 instances"):
+            box_masses(mass, boxes[:1])
+        assert [x.shape for x in box_masses(mass[..., :0], boxes[:0])] == [(1, 0), (1, 0)]
 
     def test_reward_and_penalty_of_synthesis(self):
         inside, outside = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0]])

@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SpatialNorm
 
+from objectcompose.attention_processors.install import attention_layers, use_parts
 from objectcompose.attention_processors.mask import GroupedVisibility, KeyMask, RegionKeyMask
 from objectcompose.attention_processors.processor import AttentionCall, ComposedAttnProcessor, attend_visible
-from objectcompose.errors import RegionError
+from objectcompose.errors import PartConflictError, RegionError
+from tests.attention_processors.helpers import KINDS, TensorSizes, half_regions, predict, unet_and_inputs
 
 
 CASES = {
@@ -104,6 +106,45 @@ def test_a_gathered_group_without_keys_gives_zero():
     assert out[:, :, ::2].eq(0).all() and out[:, :, 1::2].ne(0).all()
 
 
+def test_a_table_joins_a_bias_and_blind_queries_get_zero():
+    call, value = random_call(num_keys=9), torch.randn(2, 3, 9, 5)
+    call.bias = torch.randn(2, 3, 1, 9)
+    call.visible = torch.rand(1, 1, 16, 9) > 0.6
+    call.visible[..., 3, :] = False
+    out = call.attend(value)
+    torch.testing.assert_close(out, explicit(call, value, call.visible), atol=1e-6, rtol=0)
+    assert out[:, :, 3].eq(0).all() and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cells_that_see_no_token_get_zero_in_a_unet(kind):
+    """What reaches the output projection: zero in the first cell, as without the mask in cells that see all."""
+    unet, inputs = unet_and_inputs(kind)
+    name = next(name for name in attention_layers(unet) if name.endswith("attn2"))
+    attended = []
+    unet.get_submodule(name).to_out[0].register_forward_pre_hook(lambda _, args: attended.append(args[0]))
+    predict(unet, inputs)
+    table = torch.ones(attended[0].shape[1], 11, dtype=torch.bool)
+    table[0] = False
+    with use_parts(unet, [KeyMask(table, layers=[name])]):
+        assert torch.isfinite(predict(unet, inputs)).all()
+    assert attended[1][:, 0].eq(0).all() and attended[0][:, 0].ne(0).any()
+    torch.testing.assert_close(attended[1][:, 1:], attended[0][:, 1:], atol=1e-6, rtol=1e-5)
+
+
+def test_region_masks_at_64_by_64_make_no_table():
+    """Forward and backward of one layer; a table of float32 is a map of 64 MiB, of booleans a quarter of it."""
+    attn, made = Attention(query_dim=40, heads=1, dim_head=40), []
+    states = torch.randn(1, 64 * 64, 40, requires_grad=True)
+    visible = torch.rand(64 * 64, 64 * 64) > 0.5
+    for mask in (RegionKeyMask(half_regions(3)), KeyMask(visible, layers="attn1")):
+        with TensorSizes() as sizes:
+            masked_output(attn, states, None, [mask]).square().mean().backward()
+        made.append(sizes.largest)
+    assert made[0] < 0.05 * 4 * (64 * 64) ** 2 and made[1] >= (64 * 64) ** 2
+
+
 def masked_output(attn, states, text, masks):
     return ComposedAttnProcessor("layer", masks)(attn, states, encoder_hidden_states=text)
 
@@ -153,9 +194,11 @@ def test_region_masks_per_row_and_after_new_regions():
         (RegionKeyMask(torch.ones(16)), "shape"),
         (RegionKeyMask({9: torch.ones(1, 3, 3)}), "no grid of 16"),
         (RegionKeyMask(torch.ones(3, 1, 4, 4)), "3 batch rows"),
+        (KeyMask(torch.ones(16).bool(), rows=slice(2, None)), "some of the 2 batch rows"),
+        (RegionKeyMask(torch.ones(1, 4, 4), rows=slice(2, None)), "some of the 2 batch rows"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(mask, message):
     attn = Attention(query_dim=12, heads=3, dim_head=5).eval()
-    with pytest.raises(RegionError, match=message):
+    with pytest.raises((RegionError, PartConflictError), match=message):
         masked_output(attn, torch.randn(2, 16, 12), None, [mask])

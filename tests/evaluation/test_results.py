@@ -10,7 +10,7 @@ from objectcompose.errors import ObjectComposeError
 from objectcompose.evaluation.results import hash_weights, load_result, write_result
 from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
 from objectcompose.evaluation.verify import main, verify_result
-from objectcompose.training.files import write_atomically
+from objectcompose.files import write_atomically
 
 
 HERE = "tests.evaluation.test_results"

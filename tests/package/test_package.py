@@ -17,14 +17,16 @@ from objectcompose.errors import LayoutError
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-# a room imports only from rooms to its left; grounding and toybox stand side by side
+# a room imports only from rooms to its left; grounding, whose ground truth toybox is, stands just behind it
 LEFT_TO_RIGHT = [
     {"errors"},
+    {"files"},
     {"layout_fields"},
     {"layout"},
     {"attention_processors"},
     {"adapters"},
-    {"grounding", "toybox"},
+    {"toybox"},
+    {"grounding"},
     {"pipelines"},
     {"training"},
     {"evaluation"},

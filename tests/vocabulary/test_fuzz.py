@@ -6,6 +6,7 @@ The same properties run with 200 cases each in the fast tier and with 10,000 in 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from tests.tiny import tiny_tokenizer
 
 
 FAST, SLOW = 200, 10_000
+# Thousands of small files, each written to the disk's end: in memory where that is possible.
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 numbers = st.one_of(
     st.floats(0, 1, allow_subnormal=True), st.floats(), st.integers(), st.sampled_from([0, 1, 0.5, True, "0", None])
@@ -46,8 +49,14 @@ good_sides = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).filter(lamb
 good_boxes = st.tuples(good_sides, good_sides).map(lambda s: (s[0][0], s[1][0], s[0][1], s[1][1]))
 boxes = st.one_of(good_boxes, st.lists(numbers, max_size=5), st.tuples(*[numbers] * 4), text, st.none())
 mask_values = st.sampled_from([0, 1, 1.0, 0.0, 255, 2, -1, 0.5, float("nan"), True, None, "1"])
-rows_of_zeros_and_ones = st.integers(1, 5).flatmap(
-    lambda width: st.lists(st.lists(st.sampled_from([0, 1]), min_size=width, max_size=width), min_size=1, max_size=5)
+# One number holds all pixels: much cheaper to draw than a list of lists.
+rows_of_zeros_and_ones = st.builds(
+    lambda height, width, bits: [
+        [bits >> (row * width + column) & 1 for column in range(width)] for row in range(height)
+    ],
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 2**25 - 1),
 )
 masks = st.one_of(
     rows_of_zeros_and_ones,
@@ -126,7 +135,7 @@ def test_objects(data, batch_size):
 @both_tiers(layout_json | json_values)
 def test_layout_files(data):
     """A JSON file loads into a layout that is written and read back equal, or a typed error."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         path = Path(folder) / "scene.json"
         try:
             path.write_text(json.dumps(data))
@@ -144,7 +153,7 @@ def test_layout_files(data):
 @both_tiers(st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789.eE-ntrufalsxobjectpm\\ ', max_size=60))
 def test_layout_bytes(content):
     """Any bytes at all as a layout file end in a typed error (or a layout)."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         path = Path(folder) / "scene.json"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         try:
@@ -160,7 +169,7 @@ def test_round_trip(phrase, mask, box, scale, order):
         layout = Layout(phrase, (SceneObject(phrase, mask=mask, box=box, scale=scale, order=order),))
     except ObjectComposeError:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         save_layout(layout, Path(folder) / "scene.json")
         assert load_layout(Path(folder) / "scene.json") == layout
 

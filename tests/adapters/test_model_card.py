@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from objectcompose.errors import ObjectComposeError
-from objectcompose.training.model_card import ModelCardFacts, figures_from_result, write_model_card
+from objectcompose.adapters.model_card import ModelCardFacts, figures_from_result, write_model_card
 
 
 FACTS = {

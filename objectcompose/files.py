@@ -1,14 +1,14 @@
-"""Files that are either old or new, never a part: used wherever training and evaluation write."""
+"""Files that are either old or new, never a part: used wherever the package writes."""
 
 import os
 import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)

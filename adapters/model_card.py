@@ -1,14 +1,22 @@
 """The card beside trained weights: what it stands on, under which licences, on which data, how made, how good."""
 
+from __future__ import annotations
+
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from PIL import Image
 
 from objectcompose.errors import ObjectComposeError
-from objectcompose.training.files import write_atomically
+from objectcompose.files import write_atomically
+
+
+SAMPLE_NAME = "sample.png"
+CARD_TAGS = ("diffusers", "text-to-image", "objectcompose")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class ModelCardFacts:
         commit: the commit that the training ran from.
         figures: what was measured; empty when nothing was.
         tags: tags for the Hub.
+        sample: a picture that the weights made, with its layout drawn (`objectcompose.pipelines.plot.draw_layout`).
+        sample_caption: what the sample shows and how it was made; required with a sample.
     """
 
     title: str
@@ -58,11 +68,14 @@ class ModelCardFacts:
     command: str
     commit: str
     figures: Sequence[CardFigure] = ()
-    tags: Sequence[str] = ("diffusers", "text-to-image", "objectcompose")
+    tags: Sequence[str] = CARD_TAGS
+    sample: Image.Image | None = None
+    sample_caption: str = ""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, str) and not value.strip():
+            is_needed = name != "sample_caption" or self.sample is not None
+            if is_needed and isinstance(value, str) and not value.strip():
                 raise ObjectComposeError(f"`{name}` must say something, got {value!r}.")
 
 
@@ -80,9 +93,9 @@ def figures_from_result(result: Mapping[str, Any], names: Sequence[str]) -> list
     for name in names:
         if name not in metrics:
             raise ObjectComposeError(f"`names` must be metrics of {result['name']!r}, got {name!r}.")
-        value = _number_text(metrics[name])
+        value = _card_number(metrics[name])
         if f"{name}.lo" in metrics:
-            value += f" [{_number_text(metrics[f'{name}.lo'])}, {_number_text(metrics[f'{name}.hi'])}]"
+            value += f" [{_card_number(metrics[f'{name}.lo'])}, {_card_number(metrics[f'{name}.hi'])}]"
         figures.append(CardFigure(name, value, f"{result['protocol']} ({result['device']})", result["command"]))
     return figures
 
@@ -105,15 +118,53 @@ def model_card_text(facts: ModelCardFacts) -> str:
         "## What was measured",
         _figure_table(facts.figures),
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+    if facts.sample is not None:
+        lines += ["## A sample", f"![{facts.sample_caption}]({SAMPLE_NAME})\n\n{facts.sample_caption}"]
+    return _card_markdown(data, lines)
 
 
-def write_model_card(folder: str | Path, facts: ModelCardFacts) -> Path:
-    """Write `README.md` into the folder of the weights and return its path."""
+def plain_card_text(title: str, base_model: str | None, usage: str) -> str:
+    """A card for weights that are pushed without facts: what is known, and that the rest is not.
+
+    Args:
+        title: heading, such as the name of the class.
+        base_model: id of the base on the Hub, or None.
+        usage: Python lines that load the weights.
+    """
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=list(CARD_TAGS), base_model=base_model
+    )
+    origin = "Base model: not stated." if base_model is None else f"Base model: {base_model}, whose licence applies."
+    lines = [
+        f"# {title}",
+        f"```python\n{usage}\n```",
+        f"{origin} Licence of the code: Apache-2.0. Licences of weights and data, training command and figures: not"
+        " stated by whoever pushed this.",
+    ]
+    return _card_markdown(data, lines)
+
+
+def write_model_card(folder: str | Path, card: ModelCardFacts | str) -> Path:
+    """Write `README.md` into the folder of the weights, with the sample if there is one, and return its path.
+
+    Args:
+        folder: the folder; made if need be.
+        card: facts, or the whole text.
+    """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, model_card_text(facts).encode())
+    if not isinstance(card, str):
+        if card.sample is not None:
+            png = io.BytesIO()
+            card.sample.save(png, format="PNG")
+            write_atomically(path.with_name(SAMPLE_NAME), png.getvalue())
+        card = model_card_text(card)
+    write_atomically(path, card.encode())
     return path
+
+
+def _card_markdown(data: ModelCardData, lines: Sequence[str]) -> str:
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def _figure_table(figures: Sequence[CardFigure]) -> str:
@@ -125,5 +176,5 @@ def _figure_table(figures: Sequence[CardFigure]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * 4, *cells])
 
 
-def _number_text(value: Any) -> str:
+def _card_number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

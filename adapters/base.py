@@ -1,0 +1,132 @@
+"""What every adapter is: a model of its own beside a frozen base, which knows that base and is saved as one folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from objectcompose.adapters.base_identity import BaseIdentity, check_same_base
+from objectcompose.adapters.folders import folder_saved_whole, loading_errors, push_folder, take_push_options
+from objectcompose.adapters.model_card import ModelCardFacts, plain_card_text
+
+
+class AdapterMixin:
+    """Compatibility with a base model, and folders that are complete or do not load: the first base of every adapter.
+
+    An adapter is a class `SomeAdapter(AdapterMixin, ModelMixin, ConfigMixin)` that registers the arguments
+    `layer_widths`, `token_width`, `base_fingerprint` and `base_model` in its config, beside its own; see
+    `BaseIdentity` for what they hold. Its module must import `ModelMixin` itself: diffusers looks for it there.
+    """
+
+    config: Any
+    config_name: str
+
+    @property
+    def made_for(self) -> BaseIdentity:
+        """The base that the weights were made for."""
+        config: Any = self.config
+        return BaseIdentity(dict(config.layer_widths), config.token_width, config.base_fingerprint, config.base_model)
+
+    def check_base(self, unet: Any, base_model: str | None = None) -> None:
+        """Raise `CheckpointError` unless `unet` is the base of this adapter or descends from it.
+
+        Args:
+            unet: the UNet to use the adapter with.
+            base_model: its id, for the message.
+        """
+        check_same_base(self.made_for, unet, base_model, "adapter")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """Load from a folder or a Hub id; arguments as for `ModelMixin.from_pretrained`.
+
+        Weights must be safetensors unless `use_safetensors=False` is given.
+
+        Raises:
+            CheckpointFileError: the files are missing, corrupt or pickled, or the Hub cannot be reached.
+        """
+        options = {"use_safetensors": True, **options}
+        with loading_errors(pretrained_model_name_or_path, bool(options["use_safetensors"])):
+            return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Save to a folder, which is complete afterwards or does not load.
+
+        Args:
+            save_directory: the folder; made if need be.
+            safe_serialization: as safetensors; pickled otherwise.
+            variant: part of the weights' file names, such as "fp16".
+            max_shard_size: of one weights file.
+            push_to_hub: also push it; then `repo_id` (default: the folder's name) and the other arguments of
+                `push_to_hub` may be given.
+            options: further arguments of `ModelMixin.save_pretrained`.
+
+        Raises:
+            CheckpointFileError: the folder cannot be written, or not be pushed.
+        """
+        push_options = take_push_options(options, save_directory)
+        # named in the signature, because a pipeline that saves its components passes on only what it finds there
+        options |= {
+            "safe_serialization": safe_serialization,
+            "variant": variant,
+            "max_shard_size": max_shard_size,
+        }
+        with folder_saved_whole(save_directory, self.config_name) as folder:
+            super().save_pretrained(folder, **options)  # type: ignore[misc]
+        if push_to_hub:
+            self.push_to_hub(**push_options, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+        model_card: ModelCardFacts | str | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload to the Hub in one commit.
+
+        Args:
+            repo_id: "owner/name"; created where it does not exist.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: access token; None is the stored one.
+            create_pr: open a pull request instead.
+            subfolder: where in the repository; None is its root.
+            model_card: what the card says; None keeps the repository's card, or makes a short one.
+            options: arguments of `save_pretrained`, such as `variant`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
+        """
+        name = type(self).__name__
+        usage = f'from {type(self).__module__} import {name}\n\nadapter = {name}.from_pretrained("{repo_id}")'
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                card=model_card,
+                default_card=plain_card_text(name, self.made_for.base_model, usage),
+                commit_message=commit_message or f"Upload {name}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )

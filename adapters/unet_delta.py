@@ -1,0 +1,167 @@
+"""What fine-tuning changed of a UNet, as one small file: new values of a few tensors, or low-rank differences of all.
+
+A delta knows the base it was made for and is put on and taken off again exactly: the base's own values are kept
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from objectcompose.adapters.base_identity import BaseIdentity, check_same_base
+from objectcompose.adapters.folders import checkpoint_file_errors
+from objectcompose.attention_processors.install import plain_unet
+from objectcompose.errors import CheckpointError
+from objectcompose.files import write_atomically
+
+
+_FORMAT = "objectcompose.unet_delta.1"
+_VALUE, _DOWN, _UP = "value", "down", "up"
+
+
+@dataclass
+class UNetDelta:
+    """Changed tensors of a UNet.
+
+    Attributes:
+        made_for: the base.
+        tensors: parameter name and kind, `<name>:value` (the new value), or `<name>:down` (r, I) and `<name>:up`
+            (O, r), whose product, in the parameter's shape, is added.
+        notes: how it was trained; free text by key.
+    """
+
+    made_for: BaseIdentity
+    tensors: dict[str, torch.Tensor]
+    notes: dict[str, str] = field(default_factory=dict)
+    _originals: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def between(
+        cls,
+        before: Mapping[str, torch.Tensor],
+        after: Mapping[str, torch.Tensor],
+        made_for: BaseIdentity,
+        rank: int | None = None,
+        dtype: torch.dtype = torch.float16,
+        notes: Mapping[str, str] | None = None,
+    ) -> UNetDelta:
+        """The delta from one state to another; tensors that are equal are left out.
+
+        Args:
+            before: parameters of the base by name.
+            after: the same after training.
+            made_for: the base.
+            rank: None keeps the new values; a number keeps differences of matrices and convolutions at this rank (by
+                singular values, the closest there is), and new values of all other tensors.
+            dtype: of the tensors.
+            notes: see the class.
+
+        Raises:
+            CheckpointError: the names or shapes differ, nothing changed, or `rank` is below 1.
+        """
+        if rank is not None and rank < 1:
+            raise CheckpointError(f"`rank` must be at least 1, got {rank}.")
+        if set(before) != set(after):
+            raise CheckpointError("`before` and `after` must have parameters of the same names.")
+        tensors = {}
+        for name, old in before.items():
+            new = after[name].detach().to("cpu")
+            old = old.detach().to("cpu")
+            if old.shape != new.shape:
+                raise CheckpointError(f"{name} must keep its shape {tuple(old.shape)}, got {tuple(new.shape)}.")
+            if torch.equal(old, new):
+                continue
+            if rank is None or new.ndim < 2 or min(new.shape[0], new[0].numel()) <= rank:
+                tensors[f"{name}:{_VALUE}"] = new.to(dtype)
+                continue
+            left, values, right = torch.linalg.svd((new.float() - old.float()).flatten(1), full_matrices=False)
+            root = values[:rank].sqrt()
+            tensors[f"{name}:{_UP}"] = (left[:, :rank] * root).to(dtype)
+            tensors[f"{name}:{_DOWN}"] = (root[:, None] * right[:rank]).to(dtype)
+        if not tensors:
+            raise CheckpointError("`after` is equal to `before`: there is no delta to keep.")
+        return cls(made_for, tensors, dict(notes or {}))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointFileError: it cannot be written.
+        """
+        path = Path(path)
+        about = {"format": _FORMAT, "made_for": json.dumps(asdict(self.made_for)), "notes": json.dumps(self.notes)}
+        with checkpoint_file_errors(f"the delta {str(path)!r} cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save({name: one.contiguous() for name, one in self.tensors.items()}, about))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> UNetDelta:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointFileError: no such file, or a damaged one.
+            CheckpointError: a file of another kind.
+        """
+        with checkpoint_file_errors(f"the delta {str(path)!r} cannot be loaded"):
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if about.get("format") != _FORMAT:
+            raise CheckpointError(f"{str(path)!r} must be a delta ({_FORMAT}), got {about.get('format')!r}.")
+        return cls(BaseIdentity(**json.loads(about["made_for"])), tensors, json.loads(about["notes"]))
+
+    @torch.no_grad()
+    def attach(self, unet: Any, base_model: str | None = None) -> None:
+        """Put the delta on a UNet.
+
+        Args:
+            unet: the base, or a descendant of it.
+            base_model: its id, for messages.
+
+        Raises:
+            CheckpointError: another base, or the delta is already on a UNet.
+        """
+        if self._originals:
+            raise CheckpointError("the delta is already attached; detach it first.")
+        check_same_base(self.made_for, unet, base_model, "delta")
+        parameters = dict(plain_unet(unet).named_parameters())
+        names = {name.rpartition(":")[0] for name in self.tensors}
+        for name in names:
+            if name not in parameters:
+                raise CheckpointError(f"`delta` has a tensor for {name}, which the UNet does not have.")
+        new = {name: self._new_value(name, parameters[name]) for name in names}
+        self._originals = {name: parameters[name].detach().clone() for name in names}
+        for name, value in new.items():
+            parameters[name].copy_(value)
+
+    @torch.no_grad()
+    def detach(self, unet: Any) -> None:
+        """Take the delta off: the UNet has its own values back, bit for bit."""
+        parameters = dict(plain_unet(unet).named_parameters())
+        for name, value in self._originals.items():
+            parameters[name].copy_(value)
+        self._originals = {}
+
+    def _new_value(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        if f"{name}:{_VALUE}" in self.tensors:
+            value = self.tensors[f"{name}:{_VALUE}"].to(parameter.device, torch.float32)
+        else:
+            up, down = (self.tensors[f"{name}:{kind}"].to(parameter.device, torch.float32) for kind in (_UP, _DOWN))
+            change = up @ down
+            if change.numel() != parameter.numel():
+                raise CheckpointError(f"`delta` does not fit {name} of shape {tuple(parameter.shape)}.")
+            value = parameter.float() + change.view_as(parameter)
+        if value.shape != parameter.shape:
+            raise CheckpointError(f"`delta` has shape {tuple(value.shape)} for {name}, not {tuple(parameter.shape)}.")
+        if not value.isfinite().all():
+            raise CheckpointError(f"`delta` has values for {name} that are not finite.")
+        return value

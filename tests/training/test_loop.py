@@ -1,0 +1,114 @@
+"""The shared loop: draws that depend on the place in the run alone, resume, accumulation, NaN."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from objectcompose.errors import CheckpointError, NonFiniteError, ObjectComposeError
+from objectcompose.training.common import Checkpointer, read_log
+from objectcompose.training.loop import LoopOptions, draws_of_batch, run_loop
+
+
+DATA = torch.randn(10, 3, generator=torch.Generator().manual_seed(7))
+
+
+def options(folder: Path, **changes) -> LoopOptions:
+    base = LoopOptions(folder, max_train_steps=6, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.05)
+    return replace(base, **{"checkpointing_steps": 2, "validation_steps": 3, "ema_decay": 0.9, **changes})
+
+
+def train(chosen: LoopOptions, stop_at: int | None = None, poison_at: int | None = None, validate=None) -> torch.Tensor:
+    """A noisy regression; returns the trained weight."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    calls = 0
+
+    @contextmanager
+    def losses(draws):
+        nonlocal calls
+        step, calls = calls // chosen.gradient_accumulation_steps, calls + 1
+        if step == stop_at:
+            raise KeyboardInterrupt
+        rows = torch.stack([DATA[draw.index] + torch.randn(3, generator=draw.generator) for draw in draws])
+        loss = (rows @ weight).square().mean()
+        if step == poison_at:
+            loss = loss * float("nan")
+        yield {"loss": loss, "size": weight.detach().norm()}
+
+    run_loop(Accelerator(cpu=True), {"weight": weight}, losses, len(DATA), chosen, validate)
+    return weight.detach()
+
+
+def test_draws_do_not_depend_on_how_a_step_is_cut(tmp_path):
+    def drawn(batch_size: int, accumulation: int, world: int) -> list[tuple[int, float]]:
+        chosen = options(tmp_path, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        return [
+            (draw.index, float(torch.rand((), generator=draw.generator)))
+            for micro_step in range(accumulation)
+            for rank in range(world)
+            for draw in draws_of_batch(3, micro_step, chosen, len(DATA), rank, world)
+        ]
+
+    assert drawn(1, 8, 1) == drawn(4, 2, 1) == drawn(8, 1, 1) == drawn(2, 2, 2)
+    assert drawn(8, 1, 1) != [*reversed(drawn(8, 1, 1))]
+
+
+def test_resumed_equals_unbroken(tmp_path):
+    unbroken = train(options(tmp_path / "a"))
+    with pytest.raises(KeyboardInterrupt):
+        train(options(tmp_path / "b"), stop_at=3)
+    torch.manual_seed(99)
+    assert Checkpointer(tmp_path / "b" / "checkpoints").steps() == [2]
+    # the second part counts its own steps from 0, so nothing stops it
+    assert torch.equal(train(options(tmp_path / "b")), unbroken)
+    lines = read_log(tmp_path / "b" / "log.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines == read_log(tmp_path / "a" / "log.jsonl")
+
+
+def test_batch_equals_accumulated_singles(tmp_path):
+    whole = train(options(tmp_path / "a", train_batch_size=4, gradient_accumulation_steps=1))
+    singles = train(options(tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4))
+    torch.testing.assert_close(whole, singles, rtol=1e-5, atol=1e-6)
+
+
+def test_finished_run_trains_no_further(tmp_path):
+    first = train(options(tmp_path))
+    assert torch.equal(train(options(tmp_path), stop_at=0), first)
+
+
+def test_validation_sees_the_average_and_changes_nothing(tmp_path):
+    seen = []
+    plain = train(options(tmp_path / "a"))
+    assert torch.equal(train(options(tmp_path / "b"), validate=seen.append), plain)
+    assert seen == [3, 6]
+
+
+def test_nan_stops_before_the_weights(tmp_path):
+    with pytest.raises(NonFiniteError, match="step 3"):
+        train(options(tmp_path), poison_at=3)
+    step, state = Checkpointer(tmp_path / "checkpoints").latest()
+    assert step == 2 and state["weights"]["weight"].isfinite().all()
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    train(options(tmp_path))
+    with pytest.raises(CheckpointError, match="state"):
+        train(options(tmp_path, ema_decay=None, max_train_steps=9))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_train_steps": 0}, {"train_batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")},
+        {"seed": -1}, {"report_to": "paper"}, {"gradient_accumulation_steps": 0},
+    ],
+)  # fmt: skip
+def test_bad_options(tmp_path, changes):
+    with pytest.raises(ObjectComposeError, match=next(iter(changes))):
+        options(tmp_path, **changes)

@@ -1,0 +1,230 @@
+"""What a grounded caption becomes before the UNet sees it: latent moments, text states, token positions, masks.
+
+All of it follows from the sample alone, one sample at a time, so it may be kept on disk: what is read back is
+bit-equal to what would be computed. Only the draw of the latent from its moments is random, and made anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from objectcompose.attention_processors.regions import grids_of
+from objectcompose.errors import ObjectComposeError, PhraseNotFoundError, PromptTooLongError
+from objectcompose.files import write_atomically
+from objectcompose.pipelines.token_utils import find_phrases
+from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample
+
+
+MaskMode = Literal["bilinear", "bilinear_aa", "maxpool"]
+MASK_MODES = ("bilinear", "bilinear_aa", "maxpool")
+
+
+@dataclass(frozen=True)
+class EncodedCaption:
+    """A sample, ready for a step.
+
+    Attributes:
+        moments: (2 * C, h, w), mean and log-variance of the latent, unscaled.
+        text: (L, D), the text encoder's last hidden state.
+        tokens: positions (BOS = 0) of each noun's tokens.
+        masks: number of cells to (N, h', w') in {0, 1}, for the grid of every level of the UNet.
+    """
+
+    moments: torch.Tensor
+    text: torch.Tensor
+    tokens: tuple[tuple[int, ...], ...]
+    masks: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GroundingTargets:
+    """What the losses on attention maps need for a batch; nouns and tokens are padded to the longest row.
+
+    Attributes:
+        token_indices: one list of positions per row, for `TokenMapProbe`.
+        owners: (B, T, N), 1 where token T belongs to noun N.
+        masks: number of cells to (B, N, h, w).
+    """
+
+    token_indices: list[list[int]]
+    owners: torch.Tensor
+    masks: dict[int, torch.Tensor]
+
+
+def masks_on_grid(masks: torch.Tensor, grid: tuple[int, int], mode: MaskMode = "bilinear") -> torch.Tensor:
+    """Masks on an attention grid.
+
+    Args:
+        masks: (N, H, W) in [0, 1].
+        grid: (h, w).
+        mode: "bilinear" is what TokenCompose trained with: no antialiasing, then above zero, which can lose a small
+            object; "bilinear_aa" is that with antialiasing; "maxpool" never loses one.
+
+    Returns:
+        (N, h, w) in {0, 1}.
+
+    Raises:
+        ObjectComposeError: an unknown mode.
+    """
+    if mode not in MASK_MODES:
+        raise ObjectComposeError(f"`mask_mode` must be one of {', '.join(MASK_MODES)}, got {mode!r}.")
+    if not len(masks):
+        return torch.zeros(0, *grid)
+    if mode == "maxpool":
+        resized = F.adaptive_max_pool2d(masks[:, None], grid)
+    else:
+        antialias = mode == "bilinear_aa"
+        resized = F.interpolate(masks[:, None], grid, mode="bilinear", align_corners=False, antialias=antialias)
+    return (resized[:, 0] > 0).float()
+
+
+def stack_targets(samples: Sequence[EncodedCaption]) -> GroundingTargets:
+    """Targets of a batch; a row without nouns owns nothing."""
+    indices = [[position for noun in sample.tokens for position in noun] for sample in samples]
+    nouns = max(len(sample.tokens) for sample in samples)
+    owners = torch.zeros(len(samples), max(len(row) for row in indices), nouns)
+    for row, sample in enumerate(samples):
+        place = 0
+        for number, noun in enumerate(sample.tokens):
+            owners[row, place : place + len(noun), number] = 1
+            place += len(noun)
+    masks = {}
+    for cells, first in samples[0].masks.items():
+        padded = torch.zeros(len(samples), nouns, *first.shape[1:])
+        for row, sample in enumerate(samples):
+            padded[row, : len(sample.tokens)] = sample.masks[cells]
+        masks[cells] = padded
+    return GroundingTargets(indices, owners, masks)
+
+
+class CaptionEncoder:
+    """Encodes the samples of a data set, with what was encoded before kept on disk.
+
+    Args:
+        dataset: grounded captions.
+        tokenizer: of the base.
+        text_encoder: of the base, frozen.
+        vae: of the base, frozen.
+        levels: resolutions of the UNet, as many as it has blocks.
+        mask_mode: see `masks_on_grid`.
+        on_missing: what to do when a noun is not found in its caption: "error" or "skip" (the noun, not the sample).
+        cache: folder for encoded samples; None computes each anew.
+        identity: names the base's weights in the cache's keys.
+
+    Raises:
+        ObjectComposeError: an unknown mode.
+    """
+
+    def __init__(
+        self,
+        dataset: CaptionDataset,
+        tokenizer: Any,
+        text_encoder: torch.nn.Module,
+        vae: Any,
+        levels: int,
+        mask_mode: MaskMode = "bilinear",
+        on_missing: Literal["error", "skip"] = "error",
+        cache: Path | None = None,
+        identity: str = "",
+    ) -> None:
+        if mask_mode not in MASK_MODES:
+            raise ObjectComposeError(f"`mask_mode` must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}.")
+        if on_missing not in ("error", "skip"):
+            raise ObjectComposeError(f'`on_missing` must be "error" or "skip", got {on_missing!r}.')
+        self.dataset, self.tokenizer, self.text_encoder, self.vae = dataset, tokenizer, text_encoder, vae
+        self.levels, self.mask_mode, self.on_missing, self.cache = levels, mask_mode, on_missing, cache
+        self._settings = json.dumps([identity, levels, mask_mode, on_missing])
+
+    def __getitem__(self, index: int) -> EncodedCaption:
+        """An encoded sample, on the CPU."""
+        tokens_key = "tokens"
+        if self.cache is None:
+            return self.encode(self.dataset[index])
+        key = hashlib.sha256((self._settings + self.dataset.key(index)).encode()).hexdigest()
+        path = self.cache / key[:2] / f"{key}.safetensors"
+        try:
+            tensors = load_file(path)
+            tokens = json.loads(bytes(tensors.pop(tokens_key).tolist()))
+            moments, text = tensors.pop("moments"), tensors.pop("text")
+            masks = {int(cells): mask.float() for cells, mask in tensors.items()}
+            return EncodedCaption(moments, text, tuple(tuple(noun) for noun in tokens), masks)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass  # not there, or not whole
+        encoded = self.encode(self.dataset[index])
+        tensors = {str(cells): mask.byte() for cells, mask in encoded.masks.items()}
+        tensors |= {"moments": encoded.moments, "text": encoded.text}
+        tensors[tokens_key] = torch.tensor(list(json.dumps(encoded.tokens).encode()), dtype=torch.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        return encoded
+
+    def find_tokens(self, sample: CaptionSample) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """Which nouns are supervised (their numbers), and where their tokens are.
+
+        Raises:
+            PhraseNotFoundError, PromptTooLongError: a noun is not found, and `on_missing` is "error".
+        """
+        try:
+            places = find_phrases(self.tokenizer, sample.caption, sample.phrases)
+            return list(range(len(places))), tuple(tuple(place) for place in places)
+        except PromptTooLongError:
+            if self.on_missing == "error":
+                raise
+            return [], ()
+        except PhraseNotFoundError:
+            if self.on_missing == "error":
+                raise
+        kept: list[int] = []
+        for number in range(len(sample.phrases)):
+            try:
+                find_phrases(self.tokenizer, sample.caption, [sample.phrases[one] for one in (*kept, number)])
+                kept.append(number)
+            except PhraseNotFoundError:
+                continue
+        places = find_phrases(self.tokenizer, sample.caption, [sample.phrases[one] for one in kept])
+        return kept, tuple(tuple(place) for place in places)
+
+    @torch.no_grad()
+    def encode(self, sample: CaptionSample) -> EncodedCaption:
+        """Encode one sample, whatever the cache holds.
+
+        Raises:
+            PhraseNotFoundError, PromptTooLongError: as `find_tokens`.
+        """
+        kept, tokens = self.find_tokens(sample)
+        device = next(self.vae.parameters()).device
+        pixels = sample.pixels[None].to(device, next(self.vae.parameters()).dtype)
+        moments = self.vae.encode(pixels).latent_dist.parameters[0].float().cpu()
+        text = encode_caption(self.tokenizer, self.text_encoder, sample.caption)
+        grids = grids_of(moments.shape[-2], moments.shape[-1], self.levels)
+        masks = {
+            rows * columns: masks_on_grid(sample.masks[kept], (rows, columns), self.mask_mode)
+            for rows, columns in grids
+        }
+        return EncodedCaption(moments, text, tokens, masks)
+
+
+@torch.no_grad()
+def encode_caption(tokenizer: Any, text_encoder: torch.nn.Module, caption: str) -> torch.Tensor:
+    """Last hidden state (L, D) of one prompt, float32 on the CPU."""
+    ids = tokenizer(
+        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    device = next(text_encoder.parameters()).device
+    return text_encoder(ids.to(device)).last_hidden_state[0].float().cpu()
+
+
+def draw_latent(moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """Sample of the posterior, scaled; as diffusers' `DiagonalGaussianDistribution` draws it."""
+    mean, log_variance = moments.chunk(2)
+    return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise) * scaling_factor

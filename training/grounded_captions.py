@@ -1,0 +1,315 @@
+"""Grounded captions: pictures whose captions' nouns have masks, in the layout that TokenCompose published.
+
+    root/coco_gsam_img/train/<picture>.jpg and metadata.jsonl
+    root/coco_gsam_seg/<id>/mask_<id>_<noun>.png
+
+`metadata.jsonl` has one object per line: `file_name`, `text`, and `attn_list`, a list of `[noun, path or null]`, where
+null is a noun that no mask was found for. The folder `train` is an "imagefolder" that `datasets` reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from objectcompose.errors import ImageInputError, LayoutError, RegionError
+from objectcompose.files import write_atomically
+from objectcompose.layout_fields import check_picture
+from objectcompose.toybox.categories import Preset
+from objectcompose.training.toybox_data import scene_pool
+
+
+IMAGE_FOLDER = Path("coco_gsam_img") / "train"
+MASK_FOLDER = Path("coco_gsam_seg")
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class CaptionRecord:
+    """One line of the metadata.
+
+    Attributes:
+        image: the picture.
+        caption: in its own case.
+        nouns: noun phrases, each with its mask or None. A noun without a mask is neither trained on nor against.
+    """
+
+    image: Path
+    caption: str
+    nouns: tuple[tuple[str, Path | None], ...]
+
+
+@dataclass(frozen=True)
+class CaptionSample:
+    """What is trained on.
+
+    Attributes:
+        pixels: (3, H, W) in [-1, 1].
+        caption: the prompt.
+        phrases: N nouns that have a mask.
+        masks: (N, H, W) in [0, 1].
+    """
+
+    pixels: torch.Tensor
+    caption: str
+    phrases: tuple[str, ...]
+    masks: torch.Tensor
+
+
+class CaptionDataset(Protocol):
+    """Samples by number, each with a key that changes whenever its content does."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> CaptionSample: ...
+
+    def key(self, index: int) -> str:
+        """Hex digest of the sample's content."""
+        ...
+
+
+def read_records(root: str | Path) -> list[CaptionRecord]:
+    """The metadata below `root`, with all files checked to exist.
+
+    Args:
+        root: the data set's folder, its `coco_gsam_img`, or the folder of `metadata.jsonl` itself.
+
+    Raises:
+        LayoutError: no metadata, a broken line, or no record.
+        ImageInputError: a picture or mask is missing; names the line.
+    """
+    root = Path(root)
+    folders = [root / IMAGE_FOLDER, root / "train", root]
+    folder = next((one for one in folders if (one / METADATA).is_file()), None)
+    if folder is None:
+        raise LayoutError(f"`{root}` must hold {IMAGE_FOLDER / METADATA} or {METADATA}, and has neither.")
+    records = []
+    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            records.append(_read_line(folder, line, f"{folder / METADATA} line {number}"))
+    if not records:
+        raise LayoutError(f"`{folder / METADATA}` must have at least one line, got none.")
+    return records
+
+
+def _read_line(folder: Path, line: str, where: str) -> CaptionRecord:
+    try:
+        entry = json.loads(line)
+        name, caption, nouns = entry["file_name"], entry["text"], entry["attn_list"]
+        pairs = [(noun, path) for noun, path in nouns]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise LayoutError(
+            f"{where} must be JSON with `file_name`, `text` and `attn_list` of pairs: {error}"
+        ) from error
+    texts = [name, caption, *(noun for noun, _ in pairs), *(path for _, path in pairs if path is not None)]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise LayoutError(f"{where} must have text in `file_name`, `text` and every pair of `attn_list`.")
+    if not (folder / name).is_file():
+        raise ImageInputError(f"{where} names the picture {name!r}, which is not in {folder}.")
+    return CaptionRecord(
+        folder / name,
+        caption,
+        tuple((noun, None if path is None else _find_mask(folder, path, where)) for noun, path in pairs),
+    )
+
+
+def _find_mask(folder: Path, path: str, where: str) -> Path:
+    """A mask's path as it is, beside the metadata, or in the masks' own folder in place of a leading `seg`."""
+    parts = Path(path).parts
+    below = Path(*parts[1:]) if len(parts) > 1 and parts[0] == "seg" else Path(path)
+    candidates = [Path(path), folder / path, folder.parent.parent / MASK_FOLDER / below, folder / below]
+    found = next((one for one in candidates if one.is_file()), None)
+    if found is None:
+        raise ImageInputError(
+            f"{where} names the mask {path!r}, which was not found, also not in {candidates[2].parent}."
+        )
+    return found
+
+
+def write_records(
+    root: str | Path, samples: Iterable[tuple[str, Path, str, Sequence[tuple[str, torch.Tensor | None]]]]
+) -> Path:
+    """Write pictures, masks and metadata; the metadata comes last, so a folder without it is unfinished.
+
+    Args:
+        root: the data set's folder.
+        samples: (id, picture's file, caption, [(noun, mask (H, W) in {0, 1} or None)]); ids are file names.
+
+    Returns:
+        The path of the metadata.
+
+    Raises:
+        RegionError: a mask has another size than its picture.
+        ImageInputError: a picture cannot be read.
+    """
+    root, lines = Path(root), []
+    (root / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
+    for identifier, picture, caption, nouns in samples:
+        size = _open_picture(picture).size
+        target = root / IMAGE_FOLDER / f"{identifier}{picture.suffix}"
+        write_atomically(target, picture.read_bytes())
+        taken: set[str] = set()
+        entries: list[list[str | None]] = []
+        for noun, mask in nouns:
+            path = None
+            if mask is not None:
+                if tuple(mask.shape) != (size[1], size[0]):
+                    raise RegionError(
+                        f"the mask of {noun!r} must have the shape of {picture.name}, {(size[1], size[0])},"
+                        f" got {tuple(mask.shape)}."
+                    )
+                path = _write_mask(root, identifier, noun, mask, taken)
+            entries.append([noun, path])
+        lines.append(json.dumps({"file_name": target.name, "text": caption, "attn_list": entries}))
+    metadata = root / IMAGE_FOLDER / METADATA
+    write_atomically(metadata, "".join(f"{line}\n" for line in lines).encode())
+    return metadata
+
+
+def _write_mask(root: Path, identifier: str, noun: str, mask: torch.Tensor, taken: set[str]) -> str:
+    """8-bit grey, 0 and 255: a mask that is true everywhere stays white. Two nouns never share a file."""
+    stem = "mask_{}_{}".format(identifier, noun.replace("/", "_").replace(" ", "_"))
+    name, number = stem, 2
+    while name.lower() in taken:  # some file systems ignore case
+        name, number = f"{stem}_{number}", number + 1
+    taken.add(name.lower())
+    folder = root / MASK_FOLDER / identifier
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.tmp"
+    Image.fromarray((mask > 0).mul(255).byte().cpu().numpy()).save(partial, format="PNG")
+    partial.replace(folder / f"{name}.png")
+    return f"seg/{identifier}/{name}.png"
+
+
+class GroundedCaptions:
+    """The pictures and masks of records: short side resized to the resolution, centre crop, no augmentation.
+
+    Args:
+        records: of `read_records`.
+        resolution: side of the square samples in pixels.
+    """
+
+    def __init__(self, records: Sequence[CaptionRecord], resolution: int) -> None:
+        self.records = list(records)
+        self.resolution = resolution
+        self._keys: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> CaptionSample:
+        """One sample.
+
+        Raises:
+            ImageInputError: a file cannot be read as a picture.
+            RegionError: a mask has another size than its picture.
+        """
+        record = self.records[index]
+        picture = _open_picture(record.image)
+        named = [(noun, path) for noun, path in record.nouns if path is not None]
+        masks = []
+        for noun, path in named:
+            mask = _read_mask(path)
+            if mask.size != picture.size:
+                raise RegionError(
+                    f"the mask of {noun!r} must have the size of its picture {record.image.name}, {picture.size}, got"
+                    f" {mask.size} in {path.name}."
+                )
+            mask_values = self._crop(mask)[0]
+            masks.append(mask_values / mask_values.max().clamp_min(1e-6))
+        pixels = self._crop(picture) * 2 - 1
+        shape = (0, self.resolution, self.resolution)
+        return CaptionSample(
+            pixels,
+            record.caption,
+            tuple(noun for noun, _ in named),
+            torch.stack(masks) if masks else torch.zeros(shape),
+        )
+
+    def key(self, index: int) -> str:
+        """Digest of picture, masks, caption and resolution."""
+        if index not in self._keys:
+            record = self.records[index]
+            digest = hashlib.sha256(json.dumps([record.caption, self.resolution]).encode())
+            digest.update(record.image.read_bytes())
+            for noun, path in record.nouns:
+                digest.update(json.dumps(noun).encode() + (b"" if path is None else path.read_bytes()))
+            self._keys[index] = digest.hexdigest()
+        return self._keys[index]
+
+    def _crop(self, picture: Image.Image) -> torch.Tensor:
+        """(C, R, R) in [0, 1]."""
+        width, height = picture.size
+        factor = self.resolution / min(width, height)
+        # whole sizes as torchvision's `Resize` has them: the long side is cut off, not rounded
+        size = tuple(self.resolution if side == min(width, height) else int(side * factor) for side in (width, height))
+        resized = picture.resize(size, Image.Resampling.BILINEAR)
+        left, top = (round((side - self.resolution) / 2) for side in size)
+        cropped = resized.crop((left, top, left + self.resolution, top + self.resolution))
+        array = np.asarray(cropped, dtype=np.float32) / 255
+        return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+class ToyboxCaptions:
+    """Scenes of the toybox with their true masks: every category in the caption is a noun.
+
+    Args:
+        preset: the world.
+        count: number of scenes.
+        cache: folder for the rendered scenes.
+        split: of `training.toybox_data.SPLIT_SEEDS`.
+    """
+
+    def __init__(self, preset: Preset, count: int, cache: Path, split: str = "train") -> None:
+        self.preset, self.split = preset, split
+        self.pool = scene_pool(preset, split, count, cache)
+
+    def __len__(self) -> int:
+        return len(self.pool.captions)
+
+    def __getitem__(self, index: int) -> CaptionSample:
+        """One scene; a category of which nothing is seen is left out."""
+        classes = self.pool.category_maps(torch.tensor([index]))[0]
+        seen = [int(number) for number in classes.unique() if number > 0]
+        return CaptionSample(
+            self.pool.images(torch.tensor([index]))[0] * 2 - 1,
+            self.pool.captions[index],
+            tuple(self.preset.categories[number - 1] for number in seen),
+            torch.stack([(classes == number).float() for number in seen]) if seen else torch.zeros(0, *classes.shape),
+        )
+
+    def key(self, index: int) -> str:
+        """Digest of the scene's pixels, owners and caption."""
+        digest = hashlib.sha256(self.pool.captions[index].encode())
+        digest.update(self.pool.pixels[index].numpy().tobytes())
+        digest.update(self.pool.owner[index].numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _open_picture(path: Path) -> Image.Image:
+    return check_picture(path, str(path)).convert("RGB")
+
+
+def _read_mask(path: Path) -> Image.Image:
+    """First channel of a mask of any mode, as 8-bit grey."""
+    try:
+        mask = Image.open(path)
+        mask.load()
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise ImageInputError(f"`{path}` cannot be read as a mask: {error}") from error
+    if mask.mode in ("RGB", "RGBA", "LA"):
+        mask = mask.getchannel(0)
+    elif mask.mode in ("1", "P"):
+        mask = mask.convert("L")
+    array = np.asarray(mask)
+    if array.dtype != np.uint8:
+        array = (array.astype(np.float64) * (255 / max(float(array.max()), 1.0))).astype(np.uint8)
+    return Image.fromarray(array)

@@ -1,0 +1,141 @@
+"""TokenCompose's training losses on a batch of grounded captions (arXiv 2312.03626, equation 7).
+
+`loss = ldm_weight * L_LDM + token_weight * L_token + pixel_weight * L_pixel`; the defaults are those of the authors'
+run on Stable Diffusion 1.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from objectcompose.attention_processors.install import match_layers, use_parts
+from objectcompose.attention_processors.losses import pixel_loss, token_loss
+from objectcompose.attention_processors.probe import TokenMapProbe
+from objectcompose.errors import ObjectComposeError
+from objectcompose.training.caption_encoding import CaptionEncoder, draw_latent, stack_targets
+from objectcompose.training.loop import Draw
+
+
+#: Middle and decoder; supervising the encoder hurts (table 2 of the paper).
+SUPERVISED_LAYERS = r"^(mid_block|up_blocks)\..*attn2$"
+
+
+@dataclass(frozen=True)
+class TokenComposeLossOptions:
+    """The losses.
+
+    Attributes:
+        token_weight: lambda, of `token_loss`, summed over the supervised layers; 0 leaves it out.
+        pixel_weight: gamma, of `pixel_loss`, summed over resolutions; 0 leaves it out.
+        ldm_weight: of the denoising loss.
+        head_mode: see `token_loss`; "ratio_mean" is the authors' code, "map_mean" the paper's formula.
+        layers: the supervised cross-attention layers, a regex or a list of names.
+
+    Raises:
+        ObjectComposeError: a negative weight, or nothing to train on.
+    """
+
+    token_weight: float = 1e-3
+    pixel_weight: float = 5e-5
+    ldm_weight: float = 1.0
+    head_mode: Literal["ratio_mean", "map_mean"] = "ratio_mean"
+    layers: str | Sequence[str] = SUPERVISED_LAYERS
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("token_weight", "pixel_weight", "ldm_weight")}
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ObjectComposeError(f"`{name}` must be finite and at least 0, got {weight}.")
+        if not any(weights.values()):
+            raise ObjectComposeError("one of `ldm_weight`, `token_weight` and `pixel_weight` must be above 0.")
+
+
+class TokenComposeLosses:
+    """Losses of a batch of draws, as `run_loop` wants them.
+
+    Args:
+        unet: the UNet in training.
+        scheduler: a diffusers scheduler with `add_noise`; its `prediction_type` decides the target.
+        encoder: encoded samples by number.
+        scaling_factor: of the latents.
+        options: of the losses.
+        autocast: makes the context in which the UNet runs, such as `accelerator.autocast`; losses are float32.
+
+    Raises:
+        LayerNotFoundError: the pattern of layers matches nothing.
+        ObjectComposeError: the scheduler predicts something else than noise or velocity.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        encoder: CaptionEncoder,
+        scaling_factor: float,
+        options: TokenComposeLossOptions,
+        autocast: Any = nullcontext,
+    ) -> None:
+        self.prediction = scheduler.config.prediction_type
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ObjectComposeError(
+                f"the scheduler's `prediction_type` must be 'epsilon' or 'v_prediction', got {self.prediction!r}."
+            )
+        self.unet, self.scheduler, self.encoder = unet, scheduler, encoder
+        self.scaling_factor, self.options, self.autocast = scaling_factor, options, autocast
+        self.layers = match_layers(unet, options.layers, "cross")
+
+    @contextmanager
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[dict[str, torch.Tensor]]:
+        """Means over the draws: "loss", "ldm", "token", "pixel", and "empty_masks", the share of noun masks that a
+        coarse grid lost."""
+        device = next(self.unet.parameters()).device
+        samples = [self.encoder[draw.index] for draw in draws]
+        latents, noise, timesteps = [], [], []
+        for draw, sample in zip(draws, samples, strict=True):
+            shape = (sample.moments.shape[0] // 2, *sample.moments.shape[1:])
+            posterior, added = torch.randn(2, *shape, generator=draw.generator)
+            latents.append(draw_latent(sample.moments, posterior, self.scaling_factor))
+            noise.append(added)
+            steps = self.scheduler.config.num_train_timesteps
+            timesteps.append(torch.randint(0, steps, (), generator=draw.generator))
+        clean, added_noise = torch.stack(latents).to(device), torch.stack(noise).to(device)
+        steps_of_rows = torch.stack(timesteps).to(device)
+        noisy = self.scheduler.add_noise(clean, added_noise, steps_of_rows)
+        text = torch.stack([sample.text for sample in samples]).to(device)
+        targets = stack_targets(samples)
+        is_grounded = any(targets.token_indices) and bool(self.options.token_weight or self.options.pixel_weight)
+        probes = [TokenMapProbe(targets.token_indices, self.layers, head_mean=False)] if is_grounded else []
+        with use_parts(self.unet, probes):
+            with self.autocast():
+                prediction = self.unet(noisy, steps_of_rows, text, return_dict=False)[0]
+            target = added_noise
+            if self.prediction == "v_prediction":
+                target = self.scheduler.get_velocity(clean, added_noise, steps_of_rows)
+            losses = {"ldm": F.mse_loss(prediction.float(), target)}
+            total = self.options.ldm_weight * losses["ldm"]
+            zero = torch.zeros((), device=device)
+            losses |= {"token": zero, "pixel": zero}
+            if is_grounded:
+                maps, owners = probes[0].maps, targets.owners.to(device)
+                losses["token"] = token_loss(maps, targets.masks, owners, head_mode=self.options.head_mode)
+                losses["pixel"] = pixel_loss(maps, targets.masks, owners)
+                total = total + self.options.token_weight * losses["token"]
+                total = total + self.options.pixel_weight * losses["pixel"]
+            yield {"loss": total, **losses, "empty_masks": _empty_share(targets.masks, targets.owners).to(device)}
+        for probe in probes:
+            probe.clear()
+
+
+def _empty_share(masks: dict[int, torch.Tensor], owners: torch.Tensor) -> torch.Tensor:
+    """Share of (noun, grid) pairs whose mask has no cell."""
+    nouns = owners.sum(1) > 0  # (B, N)
+    if not nouns.any():
+        return torch.zeros(())
+    empty = torch.stack([(grid.flatten(2).sum(2) == 0)[nouns] for grid in masks.values()])
+    return empty.float().mean()
