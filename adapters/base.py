@@ -9,6 +9,7 @@ from typing import Any
 from objectcompose.adapters.base_identity import BaseIdentity, check_same_base
 from objectcompose.adapters.folders import folder_saved_whole, loading_errors, push_folder, take_push_options
 from objectcompose.adapters.model_card import ModelCardFacts, plain_card_text
+from objectcompose.errors import CheckpointError
 
 
 class AdapterMixin:
@@ -45,10 +46,19 @@ class AdapterMixin:
 
         Raises:
             CheckpointFileError: the files are missing, corrupt or pickled, or the Hub cannot be reached.
+            CheckpointError: the files lack some of the weights, which would be random otherwise.
         """
         options = {"use_safetensors": True, **options}
         with loading_errors(pretrained_model_name_or_path, bool(options["use_safetensors"])):
-            return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+            adapter, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, **{**options, "output_loading_info": True}
+            )
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"{str(pretrained_model_name_or_path)!r} cannot be loaded: {len(info['missing_keys'])} weights are"
+                f" missing, the first of them {min(info['missing_keys'])}."
+            )
+        return (adapter, info) if options.get("output_loading_info") else adapter
 
     def save_pretrained(
         self,

@@ -29,7 +29,7 @@ class BaseIdentity:
     Attributes:
         layer_widths: inner width of the keys and values of each cross-attention layer, by the layer's name.
         token_width: width of the text tokens that these layers read.
-        fingerprint: signs of weights, as hexadecimal digits; None where it is not known.
+        fingerprint: signs of weights, as hexadecimal digits; None where they cannot be read.
         base_model: id of the model, or None.
     """
 
@@ -57,10 +57,10 @@ def identify_base(unet: Any, base_model: str | None = None, layers: str | list[s
         LayerNotFoundError: `layers` chooses nothing.
     """
     modules = attention_layers(unet)
-    weights = {name: _key_weight(modules[name]) for name in match_layers(unet, layers, kind="cross")}
-    token_width = next(iter(weights.values())).shape[1]
-    widths = {name: weight.shape[0] for name, weight in weights.items()}
-    return BaseIdentity(widths, token_width, _fingerprint(weights), base_model)
+    maps = {name: modules[name].to_k for name in match_layers(unet, layers, kind="cross")}
+    token_width = next(iter(maps.values())).in_features
+    widths = {name: key_map.out_features for name, key_map in maps.items()}
+    return BaseIdentity(widths, token_width, _fingerprint(maps), base_model)
 
 
 def check_same_base(made_for: BaseIdentity, unet: Any, base_model: str | None, what: str) -> None:
@@ -90,7 +90,7 @@ def check_same_base(made_for: BaseIdentity, unet: Any, base_model: str | None, w
             )
     if made_for.fingerprint is not None:
         here = identify_base(unet, base_model, list(made_for.layer_widths)).fingerprint
-        distance = fingerprint_distance(made_for.fingerprint, here or "")
+        distance = 0.0 if here is None else fingerprint_distance(made_for.fingerprint, here)
         if distance > MAX_SIGN_DISTANCE:
             raise CheckpointError(
                 f"{message}the shapes agree, but the signs of {distance:.0%} of the compared weights differ, which is"
@@ -105,17 +105,15 @@ def fingerprint_distance(first: str, second: str) -> float:
     return (int(first, 16) ^ int(second, 16)).bit_count() / (4 * len(first))
 
 
-def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
+def _fingerprint(maps: dict[str, Any]) -> str | None:
+    """Signs of `SIGNS_PER_MATRIX` weights of each map; None for quantized weights, which have none to read."""
     signs: list[bool] = []
-    for _, matrix in sorted(weights.items()):
-        weight = matrix.detach().flatten()
+    for _, key_map in sorted(maps.items()):
+        weight = getattr(key_map, "base_layer", key_map).weight.detach().flatten()  # the base's own, inside LoRA
         if weight.is_meta:
             raise CheckpointError("`unet` has no weights in memory to compare: do this before offloading is enabled.")
+        if not weight.is_floating_point():
+            return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
         signs += torch.signbit(weight[places]).tolist()
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"
-
-
-def _key_weight(module: Any) -> torch.Tensor:
-    """The layer's own key projection, also inside a LoRA layer."""
-    return getattr(module.to_k, "base_layer", module.to_k).weight

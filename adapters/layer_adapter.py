@@ -58,8 +58,8 @@ class KeyValueProjections(nn.Module):
         modules = attention_layers(unet)
         for name in self.layer_widths:
             for maps, projection in ((self.key_maps, modules[name].to_k), (self.value_maps, modules[name].to_v)):
-                base = getattr(projection, "base_layer", projection)
-                maps[_module_name(name)].weight.copy_(base.weight)
+                base = getattr(projection, "base_layer", projection)  # inside a LoRA layer
+                maps[_module_name(name)].load_state_dict({"weight": base.weight})
 
 
 def _module_name(layer: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from objectcompose.errors import ImageInputError, ObjectComposeError
 from objectcompose.files import write_atomically
 from objectcompose.grounding.cache import GroundingCache, result_key
+from objectcompose.grounding.detection import check_prompt_holds
 from objectcompose.grounding.grounder import DETECTORS, SEGMENTERS, Grounder, load_grounder
 from objectcompose.grounding.inputs import check_ground_phrases, check_ground_picture
 from objectcompose.grounding.outputs import finished_report, write_grounding
@@ -53,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--segmenter", choices=sorted(SEGMENTERS), help="makes masks from boxes; default: none")
     models.add_argument("--segmenter-model", metavar="MODEL", help="its folder, checkpoint or Hub id")
     models.add_argument("--threshold", type=float, help="of the detector, in [0, 1]; default: the detector's own")
-    for name in ("option", "segmenter-option"):
+    for name, example in (("option", "text_threshold=0.3"), ("segmenter-option", "points_per_side=16")):
         models.add_argument(
             f"--{name}",
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="further option of the loader, such as text_threshold=0.3; may be repeated",
+            help=f"further option of its loader, such as {example}; may be repeated",
         )
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -86,10 +88,13 @@ def main(args: argparse.Namespace) -> int:
         ObjectComposeError: bad arguments, picture, phrase or checkpoint.
     """
     phrases = check_ground_phrases(args.phrases) if args.phrases else ()
+    if args.prompt is not None:
+        check_prompt_holds(args.prompt, phrases)
     if args.batch_size < 1:
         raise ObjectComposeError(f"`--batch-size` must be at least 1, got {args.batch_size}.")
+    _check_output_folder(args.out)
     if not args.picture.is_dir():
-        picture = check_ground_picture(args.picture, "picture")
+        picture = check_ground_picture(str(args.picture), "picture")
         grounder = _load_models(args, args.device)
         report = ground_to_folder(grounder, picture, phrases, args.out, args.prompt, args.on_missing or "error")
         print(f"{len(report['detections'])} found: {args.out}")
@@ -148,6 +153,7 @@ def _ground_pictures(
     if state.is_main_process:
         for row in failed:
             print(f"{row['picture']}: {row['error']}")
+        args.out.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out / INDEX_FILE, (json.dumps({"pictures": rows}, indent=2) + "\n").encode())
         print(f"{len(rows) - len(failed)} of {len(rows)} pictures done: {args.out}")
     return 1 if failed else 0
@@ -161,7 +167,7 @@ def _ground_part(
     readable: list[tuple[str, Image.Image]] = []
     for name in names:
         try:
-            readable.append((name, check_ground_picture(args.picture / name, name)))
+            readable.append((name, check_ground_picture(str(args.picture / name), name)))
         except ImageInputError as error:
             rows.append({"picture": name, "error": str(error)})
     folders = [args.out / name for name, _ in readable]
@@ -194,6 +200,13 @@ def _ground_batch_to_folders(
     for index, detections in zip(waiting, found, strict=True):
         reports[index] = write_grounding(folders[index], pictures[index], detections, phrases, keys[index], prompt)
     return [report for report in reports if report is not None]
+
+
+def _check_output_folder(out: Path) -> None:
+    """Raise ObjectComposeError when a folder cannot be made or written, without making it."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ObjectComposeError(f"`--out` must be a folder that can be written, got {str(out)!r}.")
 
 
 def _load_models(args: argparse.Namespace, device: str | None) -> Grounder:

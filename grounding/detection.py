@@ -115,16 +115,22 @@ def detections_to_layout(found: Sequence[Detection], prompt: str | None = None) 
         LayoutError: a detection has no phrase.
         PhraseNotFoundError: a phrase is not in the prompt.
     """
-    objects = []
-    for one in merge_detections(found):
-        if one.phrase is None:
-            raise LayoutError("`found` must hold detections with a phrase: `segment` gives none.")
-        if prompt is not None and one.phrase.lower() not in prompt.lower():
-            raise PhraseNotFoundError(f"`prompt` must contain each phrase; {one.phrase!r} is not in {prompt!r}.")
-        objects.append(SceneObject(phrase=one.phrase, box=one.box, mask=one.mask))
+    merged = merge_detections(found)
+    phrases = [one.phrase for one in merged if one.phrase is not None]
+    if len(phrases) < len(merged):
+        raise LayoutError("`found` must hold detections with a phrase: `segment` gives none.")
     if prompt is None:
-        prompt = prompt_of_phrases([obj.phrase or "" for obj in objects])
+        prompt = prompt_of_phrases(phrases)
+    check_prompt_holds(prompt, phrases)
+    objects = [SceneObject(phrase=one.phrase, box=one.box, mask=one.mask) for one in merged]
     return Layout(prompt=prompt, objects=tuple(objects))
+
+
+def check_prompt_holds(prompt: str, phrases: Iterable[str]) -> None:
+    """Check that each phrase stands in the prompt, whatever its case; raises PhraseNotFoundError."""
+    for phrase in phrases:
+        if phrase.lower() not in prompt.lower():
+            raise PhraseNotFoundError(f"`prompt` must contain each phrase; {phrase!r} is not in {prompt!r}.")
 
 
 def prompt_of_phrases(phrases: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ class Grounder:
         self.batch_size = batch_size
 
     def identity(self) -> str:
-        """Names detector and segmenter with their weights and settings."""
+        """Names detector and segmenter with their weights and settings, as they were at the first call."""
         parts = [part.identity() for part in (self.detector, self.segmenter) if part is not None]
         return "+".join(parts)
 

@@ -180,7 +180,7 @@ def load_checkpoint_file(path: str | Path, publication: str) -> dict[str, torch.
         raise CheckpointError(f"`model` must be a checkpoint file, got {str(path)!r}.{where_published(publication)}")
     try:
         if file.suffix == ".safetensors":
-            state = load_file(file)
+            state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError) as error:

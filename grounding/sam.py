@@ -26,7 +26,7 @@ from transformers import (
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.grounding.detection import Box, Detection, box_of_mask
-from objectcompose.grounding.loading import fingerprint, load_pretrained
+from objectcompose.grounding.loading import fingerprint, load_pretrained, optional_package
 
 
 DEFAULT_SAM = {
@@ -89,7 +89,8 @@ class SamSegmenter:
 
     def segment(self, pictures: Sequence[Image.Image]) -> list[list[Detection]]:
         """All parts of each picture; see `Segmenter`. The score is the predicted IoU."""
-        generate = MaskGenerationPipeline(
+        optional_package("torchvision", "torchvision")  # transformers drops duplicate masks with it
+        generate = _PartsPipeline(
             model=self.model, image_processor=self.processor.image_processor, device=self.model.device
         )
         found = []
@@ -120,6 +121,16 @@ class SamSegmenter:
             sizes.append(inputs["reshaped_input_sizes"])
         masks = self.processor.post_process_masks(output.pred_masks.float().cpu(), *sizes)[0]
         return masks[:, 0].float()
+
+
+class _PartsPipeline(MaskGenerationPipeline):
+    """transformers' mask generation, also for half precision: its last step wants scores and boxes in one dtype."""
+
+    def postprocess(self, model_outputs: Any, **options: Any) -> Any:
+        """Drop duplicates and hand out the masks."""
+        for part in model_outputs:
+            part["iou_scores"] = part["iou_scores"].float()
+        return super().postprocess(model_outputs, **options)
 
 
 def parts_as_detections(masks: Sequence[Any], scores: Sequence[Any]) -> list[Detection]:
@@ -178,6 +189,7 @@ def load_sam2(
     min_stability: float = SAM_MIN_STABILITY,
 ) -> SamSegmenter:
     """`SamSegmenter` with SAM 2 from a folder or Hub id; by default "facebook/sam2.1-hiera-large"."""
+    optional_package("torchvision", "torchvision")  # its pictures are prepared by nothing else
     options = {"points_per_side": points_per_side, "min_quality": min_quality, "min_stability": min_stability}
     return _load_sam_family("sam2", Sam2Model, Sam2Processor, source, (device, dtype), options)
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = import_module(COMMANDS[name])
     parser = argparse.ArgumentParser(prog=f"objectcompose {name}", description=command.HELP)
     command.add_arguments(parser)
-    args = parser.parse_args(arguments[1:])
+    args = parser.parse_intermixed_args(arguments[1:])  # so that options may stand before and between phrases
     try:
         return int(command.main(args) or 0)
     except ObjectComposeError as error:

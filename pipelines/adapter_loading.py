@@ -20,6 +20,9 @@ class AdapterLoaderMixin:
 
     adapter: Any
     unet: Any
+    config: Any
+    components: Any
+    register_modules: Any
 
     def load_adapter(self, adapter: Any, **options: Any) -> None:
         """Attach an adapter; the one that was there is dropped.
@@ -32,16 +35,16 @@ class AdapterLoaderMixin:
             CheckpointFileError: it cannot be loaded.
             CheckpointError: it was made for another base, or offloading is enabled already.
         """
-        if any(hasattr(component, "_hf_hook") for component in self.components.values()):  # type: ignore[attr-defined]
+        if any(hasattr(component, "_hf_hook") for component in self.components.values()):
             raise CheckpointError("`adapter` must be loaded before offloading is enabled, which would not move it.")
         if not hasattr(adapter, "made_for"):
             adapter = adapter_class_of(type(self)).from_pretrained(adapter, **options)
         self.check_adapter(adapter, self.unet)
-        self.register_modules(adapter=adapter.to(device=self.unet.device, dtype=self.unet.dtype))  # type: ignore[attr-defined]
+        self.register_modules(adapter=adapter.to(device=self.unet.device, dtype=self.unet.dtype))
 
     def unload_adapter(self) -> None:
         """Detach the adapter; the pipeline is the plain one then."""
-        self.register_modules(adapter=None)  # type: ignore[attr-defined]
+        self.register_modules(adapter=None)
 
     def check_adapter(self, adapter: Any, unet: Any) -> None:
         """Raise `CheckpointError` unless there is no adapter or it was made for this base; for `__init__`."""

@@ -8,14 +8,15 @@ conditional half is measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from objectcompose.attention_processors.install import match_layers, use_parts
+from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
 from objectcompose.attention_processors.probe import TokenMapProbe
+from objectcompose.errors import PartConflictError
 from objectcompose.pipelines.pipeline_output import PlacedObject
 
 
@@ -45,6 +46,25 @@ def check_installable(unet: Any, parts: Sequence[Any], map_layers: Sequence[str]
     probes = [TokenMapProbe([0], layers=list(map_layers))] if map_layers else []
     with use_parts(unet, [*parts, *probes]):
         pass
+
+
+def check_still_installed(unet: Any, layers: Iterable[str]) -> None:
+    """Raise unless the layers still have the processors that `use_parts` gave them; for use after a callback.
+
+    Attention slicing, fused projections, IP-Adapters and xformers all put their own processors on every layer, which
+    in the middle of a call would end the parts' work without a word.
+
+    Raises:
+        PartConflictError: a layer has another processor.
+    """
+    modules = attention_layers(unet) if layers else {}
+    for name in layers:
+        processor = modules[name].processor
+        if not hasattr(processor, "composed_parts"):
+            raise PartConflictError(
+                f"`callback_on_step_end` put {type(processor).__name__} on layer {name}, where attention parts are at"
+                " work: change processors before the call, not in it."
+            )
 
 
 def token_grid(num_tokens: int, latent_height: int, latent_width: int) -> tuple[int, int]:

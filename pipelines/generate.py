@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
@@ -122,12 +121,11 @@ def load_checkpoint(model: str | None = None, device: str | None = None) -> Toke
         raise CheckpointError(f"`--model` {source!r} is no checkpoint folder: it has no model_index.json.")
     try:
         with _quiet_loading(looks_local):
-            # weights as safetensors only: unpickling a stranger's file runs code
             path = str(Path(source).expanduser()) if looks_local else source
-            pipeline = TokenComposePipeline.from_pretrained(path, use_safetensors=True)
+            pipeline = TokenComposePipeline.from_pretrained(path)
     except ObjectComposeError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"`--model` {source!r} cannot be loaded: {first_line}") from error
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -30,7 +30,12 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.errors import MissingFieldError, ObjectComposeError
-from objectcompose.pipelines.attention_maps import PhraseMapRecorder, check_installable, phrase_map_layers
+from objectcompose.pipelines.attention_maps import (
+    PhraseMapRecorder,
+    check_installable,
+    check_still_installed,
+    phrase_map_layers,
+)
 from objectcompose.pipelines.call_checks import (
     check_attention_steps,
     check_callback,
@@ -354,7 +359,10 @@ class TokenComposePipeline(
         recorded_steps = None if attention_steps is None else set(attention_steps)
 
         # 6. Denoising loop
-        with use_parts(self.unet, all_parts), self.progress_bar(total=num_inference_steps) as progress_bar:
+        with (
+            use_parts(self.unet, all_parts) as installed,
+            self.progress_bar(total=num_inference_steps) as progress_bar,
+        ):
             for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
@@ -391,6 +399,7 @@ class TokenComposePipeline(
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    check_still_installed(self.unet, installed)
 
                 if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()

@@ -9,17 +9,21 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from objectcompose.errors import ImageInputError, ObjectComposeError
+from objectcompose.layout import as_scene_objects
 from objectcompose.pipelines.pipeline_output import ComposeOutput
 
 
 # black, violet, red, orange, pale yellow: dark to bright, also for colour-blind eyes and in grey
 _HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float64)
+
+_BOX_COLOUR = (120, 255, 160)
 
 
 def colour_map(values: np.ndarray, name: str = "heat") -> np.ndarray:
@@ -81,6 +85,36 @@ def overlay_map(
     return picture
 
 
+def draw_layout(image: Image.Image, objects: Any) -> Image.Image:
+    """A picture with the place and the name of each object drawn on it; objects without a place are left out.
+
+    Args:
+        image: the picture, any size.
+        objects: `SceneObject`s or dicts in layout-JSON form; a mask is drawn as a tint.
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        LayoutError: `objects` breaks the schema.
+    """
+    picture = image.convert("RGB")
+    for item in as_scene_objects(objects, 1)[0]:
+        corner: Sequence[int] | None = None
+        if item.mask is not None:
+            mask = Image.fromarray((np.asarray(item.mask) * 96).astype(np.uint8)).resize(picture.size)
+            picture.paste(_BOX_COLOUR, mask=mask)
+            corner = (mask.getbbox() or (0, 0))[:2]
+        if item.box is not None:
+            _draw_box(picture, item.box)
+            corner = tuple(round(fraction * side) for fraction, side in zip(item.box[:2], picture.size, strict=True))
+        name = item.phrase if item.phrase is not None else item.token
+        if corner is not None and name is not None:
+            place = (corner[0] + 2, corner[1] + 1)
+            ImageDraw.Draw(picture).text(place, name, fill=_BOX_COLOUR, stroke_width=1, stroke_fill=(0, 0, 0))
+    return picture
+
+
 def _draw_box(picture: Image.Image, box: Sequence[float]) -> None:
     width, height = picture.size
     x0, y0, x1, y1 = (
@@ -89,7 +123,7 @@ def _draw_box(picture: Image.Image, box: Sequence[float]) -> None:
     draw, line = ImageDraw.Draw(picture), max(1, min(width, height) // 128)
     # a dark line around the bright one keeps the box visible on any picture
     draw.rectangle((x0, y0, x1, y1), outline=(0, 0, 0), width=2 * line)
-    draw.rectangle((x0, y0, x1, y1), outline=(120, 255, 160), width=line)
+    draw.rectangle((x0, y0, x1, y1), outline=_BOX_COLOUR, width=line)
 
 
 def overlay_output(output: ComposeOutput, opacity: float = 0.6, colours: str = "heat") -> list[dict[str, Image.Image]]:

@@ -80,6 +80,10 @@ def hub_code(owner: type) -> str | None:
 class HubSavingMixin:
     """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
 
+    config: Any
+    config_name: str
+    components: Any
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """Load from a folder or a Hub id; arguments as for `DiffusionPipeline.from_pretrained`.
@@ -92,8 +96,8 @@ class HubSavingMixin:
             CheckpointError: the components do not fit together.
         """
         options = {"use_safetensors": True, **options}
-        if "torch_dtype" not in options:
-            options.setdefault("dtype", torch.float32)
+        if not {"dtype", "torch_dtype", "quantization_config"} & options.keys():
+            options["dtype"] = torch.float32
         with loading_errors(pretrained_model_name_or_path, bool(options["use_safetensors"])):
             try:
                 return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
@@ -129,7 +133,7 @@ class HubSavingMixin:
         check_saveable(self)
         push_options = take_push_options(options, save_directory)
         options |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        with folder_saved_whole(save_directory, self.config_name) as folder:  # type: ignore[attr-defined]
+        with folder_saved_whole(save_directory, self.config_name) as folder:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             self._bundle_code(folder)
         if push_to_hub:
@@ -202,7 +206,7 @@ class HubSavingMixin:
             index["_class_name"] = [stem, name]
             for file_name in (f"{stem}.py", "pipeline.py"):
                 (folder / file_name).write_text(code, encoding="utf-8")
-        for component_name, component in self.components.items():  # type: ignore[attr-defined]
+        for component_name, component in self.components.items():
             is_foreign = (index.get(component_name) or [None])[0] == type(component).__module__  # to all libraries
             component_code = hub_code(type(component)) if is_foreign else None
             if component_code is not None:

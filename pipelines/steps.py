@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
-from diffusers.models import ImageProjection
 from diffusers.utils import USE_PEFT_BACKEND, logging, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from packaging import version
 
 from objectcompose.errors import ObjectComposeError
+from objectcompose.pipelines.image_prompts import ImagePromptStepsMixin
 
 
 steps_logger = logging.get_logger(__name__)
@@ -68,7 +68,7 @@ def _saved_before_diffusers_0_9(unet: Any) -> bool:
     return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
 
 
-class StableDiffusionStepsMixin:
+class StableDiffusionStepsMixin(ImagePromptStepsMixin):
     """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
 
     # components that the pipeline registers; `Any` because each of them may be None
@@ -78,8 +78,6 @@ class StableDiffusionStepsMixin:
     unet: Any
     scheduler: Any
     safety_checker: Any
-    feature_extractor: Any
-    image_encoder: Any
     image_processor: Any
     vae_scale_factor: int
     _num_timesteps: int  # set by each pipeline once it knows its timesteps
@@ -239,63 +237,6 @@ class StableDiffusionStepsMixin:
         if isinstance(self, TextualInversionLoaderMixin):
             return self.maybe_convert_prompt(list(texts), self.tokenizer)
         return list(texts)
-
-    # ---- image prompts (IP-Adapter)
-
-    def encode_image(
-        self, image: Any, device: torch.device | str, num_images_per_prompt: int, output_hidden_states: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed pictures for an IP-Adapter.
-
-        Returns:
-            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
-            the last but one layer with `output_hidden_states`.
-        """
-        dtype = next(self.image_encoder.parameters()).dtype
-        if not isinstance(image, torch.Tensor):
-            image = self.feature_extractor(image, return_tensors="pt").pixel_values
-        image = image.to(device=device, dtype=dtype)
-        if output_hidden_states:
-            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
-            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
-            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
-            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
-        else:
-            embeds = self.image_encoder(image).image_embeds
-            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: list[torch.Tensor] | None,
-        device: torch.device | str,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-    ) -> list[torch.Tensor]:
-        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
-
-        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
-        """
-        pairs: list[tuple[Any, ...]]
-        if ip_adapter_image_embeds is None:
-            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
-            pairs = []
-            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
-                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
-                pairs.append((blank[None, :], embeds[None, :]))
-        elif do_classifier_free_guidance:
-            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
-        else:
-            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
-
-        prepared = []
-        for blank, embeds in pairs:
-            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
-            if do_classifier_free_guidance:
-                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
-            prepared.append(rows.to(device=device))
-        return prepared
 
     # ---- latents and scheduler
 

@@ -1,7 +1,8 @@
 """A Hub on loopback: what `huggingface_hub` asks for when repositories are made, pushed to and loaded from.
 
 Repositories live in memory as commits (path -> content). Every file is "regular", so nothing asks for large-file or
-Xet servers. A private repository answers only to requests with `TOKEN`, a gated one to none. `failing` drops requests.
+Xet servers. A private repository answers only to requests with `TOKEN`, a gated one gives no files. Requests that
+match the regex `broken` are dropped without an answer; a child process sets it by `POST /break`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.requests: list[str] = []  # "METHOD path" of each request
-        self.failing: Callable[[str, int], bool] = lambda request, count: False  # drops the connection where true
+        self.broken = ""  # regex of "METHOD path"; empty: none
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -117,8 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = url.path
         request = f"{self.command} {unquote(path)}"
         with self.hub.lock:
-            self.hub.requests.append(request)
-            if self.hub.failing(request, len(self.hub.requests)):
+            if self.hub.broken and path != "/break" and re.search(self.hub.broken, request):
                 self.close_connection = True
                 self.connection.close()
                 return
@@ -152,10 +151,11 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (found.is_private and not has_token):
             self._refuse("RepoNotFound")
             return None
-        if found.is_gated:
-            self._refuse("GatedRepo", 403)
-            return None
         return found
+
+    def break_requests(self) -> None:
+        self.hub.broken = self.body.decode()
+        self._send_json({})
 
     def whoami(self) -> None:
         self._send_json({"name": USER, "type": "user", "orgs": [], "auth": {}})
@@ -230,6 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
         if found := self._repository(repo):
+            if found.is_gated:
+                return self._refuse("GatedRepo", 403)
             sha = found.resolve(revision)
             if sha is None:
                 return self._refuse("RevisionNotFound")
@@ -246,6 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("POST", r"/break", _Handler.break_requests),
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -295,6 +296,21 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
+
+
+def current_commit() -> str:
+    """The commit that is checked out, with "+" where tracked code differs from it; "unknown" outside a checkout."""
+    try:
+        head, changed = (
+            subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+            for arguments in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no", "--", "toybox", "training"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
 
 
 def progress_bar(total: int, start: int = 0, description: str = "training") -> tqdm:

@@ -33,7 +33,7 @@ from objectcompose.training import (
     train_toybox_judge,
     train_toybox_vae,
 )
-from objectcompose.training.common import Checkpointer, read_log
+from objectcompose.training.common import Checkpointer, current_commit, read_log
 
 
 VERSION = "toybox-1"
@@ -141,21 +141,6 @@ def train(preset: str, minutes: float | None, weights: Path, runs: Path) -> bool
         if not all(is_finished(run, preset, weights, runs) for run in left):
             return False  # out of time: what comes next may need what is not finished
     return True
-
-
-def current_commit() -> str:
-    """The commit that is checked out, with "+" where tracked code differs from it; "unknown" outside a checkout."""
-    try:
-        head, changed = (
-            subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "--", "toybox", "training"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed else "")
 
 
 def write_record(preset: str, weights: Path, runs: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
+from objectcompose.adapters.model_card import ModelCardFacts, figures_from_result, plain_card_text, write_model_card
 from objectcompose.errors import ObjectComposeError
-from objectcompose.adapters.model_card import ModelCardFacts, figures_from_result, write_model_card
 
 
 FACTS = {
@@ -48,3 +49,21 @@ def test_silent_cards_and_unknown_metrics_are_refused():
         ModelCardFacts(**{**FACTS, "data_license": " "})
     with pytest.raises(ObjectComposeError, match="no_such"):
         figures_from_result(RESULT, ["no_such"])
+
+
+def test_card_with_a_sample(tmp_path):
+    picture = Image.new("RGB", (6, 4), (10, 20, 30))
+    facts = ModelCardFacts(**FACTS, sample=picture, sample_caption="a dog on the left, seed 3")
+    text = write_model_card(tmp_path, facts).read_text()
+    assert "![a dog on the left, seed 3](sample.png)" in text
+    assert Image.open(tmp_path / "sample.png").getpixel((0, 0)) == (10, 20, 30)
+    with pytest.raises(ObjectComposeError, match="sample_caption"):
+        ModelCardFacts(**FACTS, sample=picture)
+
+
+def test_card_without_facts_says_what_is_not_stated(tmp_path):
+    path = write_model_card(tmp_path, plain_card_text("SomePipeline", "owner/base", "pipe = ..."))
+    card = ModelCard.load(path)
+    assert card.data.base_model == "owner/base" and card.data.license is None
+    assert "pipe = ..." in card.text and "not stated" in card.text
+    assert "Base model: not stated" in plain_card_text("SomePipeline", None, "pipe = ...")

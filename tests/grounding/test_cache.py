@@ -112,6 +112,19 @@ def test_all_kinds_of_detections(tmp_path):
     assert cache.load("unknown") is None
 
 
+def test_parts_are_kept_too(tmp_path):
+    def grounder(points):
+        segmenter = SamSegmenter(*helpers.sam(), points_per_side=points, min_quality=-10.0, min_stability=0.0)
+        return Grounder(segmenter=segmenter, cache=GroundingCache(tmp_path))
+
+    first = grounder(3).segment(helpers.picture())
+    second = grounder(3)
+    second.segmenter.segment = None  # whoever asks the model now fails
+    assert first and same(second.segment(helpers.picture()), first)
+    grounder(2).segment(helpers.picture())
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
 def test_phrase_without_hit_is_an_error_from_disk_too(tmp_path):
     grounder = counting_grounder(tmp_path, threshold=1.0)
     assert grounder.ground(helpers.picture(), PHRASES, "skip") == []

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from objectcompose.errors import CheckpointError, ImageInputError, MissingPackageError, ObjectComposeError
 from objectcompose.grounding.grounder import Grounder, load_grounder
 from objectcompose.grounding.grounding_dino import text_of_phrases
+from objectcompose.grounding.loading import optional_package
 from objectcompose.grounding.original_grounding_dino import (
     OriginalGroundingDino,
     PhraseTextEncoder,
@@ -219,7 +220,7 @@ def test_checkpoints_run_no_code(tmp_path, capsys):
     ("arguments", "published"),
     [
         ({"detector": "groundingdino-py"}, "groundingdino_swint_ogc.pth (about 694 MB)"),
-        ({"detector": "groundingdino-py", "model": "weights/swinb.pth"}, "groundingdino_swinb_cogcoor.pth (about 938 MB)"),
+        ({"detector": "groundingdino-py", "model": "my/swinb.pth"}, "groundingdino_swinb_cogcoor.pth (about 938 MB)"),
         ({"segmenter": "segment-anything"}, "sam_vit_h_4b8939.pth (about 2564 MB)"),
         ({"segmenter": "segment-anything", "segmenter_model": "my_vit_b.pth"}, "sam_vit_b_01ec64.pth (about 375 MB)"),
     ],
@@ -236,12 +237,20 @@ def test_missing_checkpoint_says_where_it_is(arguments, published, monkeypatch, 
     [
         ("groundingdino", {"detector": "groundingdino-py", "model": "x.pth"}),
         ("segment_anything", {"segmenter": "segment-anything", "segmenter_model": "x.pth"}),
+        ("torchvision", {"segmenter": "sam2", "segmenter_model": "folder"}),
     ],
 )
 def test_missing_package_says_how_to_install_it(module, arguments, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)  # what an import of it then raises is an ImportError
     with pytest.raises(MissingPackageError, match=r'pip install "objectcompose\[grounding\]"'):
         load_grounder(**arguments, device="cpu")
+
+
+def test_machine_without_a_display(tmp_path, monkeypatch):
+    (tmp_path / "package_without_display.py").write_text("raise ImportError('libGL.so.1: cannot open shared object')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingPackageError, match="opencv-python-headless"):
+        optional_package("package_without_display", "groundingdino-py")
 
 
 def test_other_options():

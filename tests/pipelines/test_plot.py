@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from objectcompose.errors import ImageInputError, ObjectComposeError
+from objectcompose.errors import ImageInputError, LayoutError, ObjectComposeError
 from objectcompose.pipelines.pipeline_output import ComposeOutput, PlacedObject
-from objectcompose.pipelines.plot import colour_map, overlay_map, overlay_output, save_png
+from objectcompose.pipelines.plot import colour_map, draw_layout, overlay_map, overlay_output, save_png
 from tests.pipelines.helpers import compose_pipeline, sample
 
 
@@ -91,3 +91,20 @@ def test_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ImageInputError, match="cannot be written"):
         save_png(GREY, tmp_path / "new" / "b.png")
     assert [path.name for path in target.parent.iterdir()] == ["a.png"]
+
+
+def test_layout_is_drawn_with_boxes_masks_and_names():
+    mask = np.zeros((12, 20))
+    mask[6:, :10] = 1
+    drawn = draw_layout(GREY, [{"phrase": "dog", "box": [0.5, 0.25, 1, 1]}, {"mask": mask}, {"phrase": "nowhere"}])
+    changed = (np.asarray(drawn) != 100).any(-1)
+    assert drawn.size == GREY.size and GREY.getpixel((30, 6)) == (100, 100, 100)
+    assert changed[6, 20:].all() and changed[6:, 39].all()  # the box's upper and right sides
+    assert changed[13:23, 1:19].all() and not changed[:11, :19].any()  # the mask, and nothing outside
+    without_name = draw_layout(GREY, [{"box": [0.5, 0.25, 1, 1]}, {"mask": mask}])
+    assert not np.array_equal(np.asarray(without_name), np.asarray(drawn))
+
+
+def test_layouts_that_break_the_schema_are_refused():
+    with pytest.raises(LayoutError, match="colour"):
+        draw_layout(GREY, [{"colour": "red"}])

@@ -24,11 +24,9 @@ from objectcompose.pipelines.attention_maps import token_grid
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from tests.pipelines.helpers import (
     add_ip_adapter,
-    both_pipelines,
     compose_pipeline,
     ip_embeds,
     processor_ids,
-    quiet,
     sample,
     seeded,
 )
@@ -136,7 +134,7 @@ def test_objects_alone_change_nothing_and_list_what_is_unused(caplog):
     pipeline = compose_pipeline()
     objects = [
         SceneObject(phrase="a dog", box=(0, 0, 0.5, 0.5), image=PIL.Image.new("RGB", (4, 4)), scale=0.5),
-        {"phrase": "corgi", "mask": np.ones((5, 7)), "order": 2},
+        {"phrase": "corgi", "mask": np.ones((7, 7)), "order": 2},
     ]
     plain, output = sample(pipeline), sample(pipeline, objects=objects)
     assert torch.equal(plain.images, output.images) and output.attention is None
@@ -154,36 +152,6 @@ def test_unused_fields_are_warned_about_once(monkeypatch):
     for _ in range(2):
         sample(pipeline, objects=[{"phrase": "dog", "box": [0, 0, 1, 1]}])
     assert len(messages) == 1 and "box" in messages[0]
-
-
-def test_batch_of_two_equals_two_singles():
-    pipeline = compose_pipeline()
-    prompts, objects = ["a dog", "a red cup"], [[{"phrase": "dog"}], [{"phrase": "red cup"}]]
-    together = sample(pipeline, prompts, objects=objects, generator=[seeded(1), seeded(2)], return_attention=True)
-    for index in range(2):
-        alone = sample(
-            pipeline, prompts[index], objects=objects[index], generator=seeded(index + 1), return_attention=True
-        )
-        torch.testing.assert_close(together.images[index], alone.images[0], atol=1e-4, rtol=0)
-        for label, one in alone.attention[0].items():
-            torch.testing.assert_close(together.attention[index][label], one, atol=1e-5, rtol=0)
-
-
-def test_output_types():
-    pipeline = compose_pipeline()
-    outputs = {
-        kind: sample(pipeline, output_type=kind, num_images_per_prompt=2) for kind in ("pil", "np", "pt", "latent")
-    }
-    assert [picture.size for picture in outputs["pil"].images] == [(32, 32)] * 2
-    assert outputs["np"].images.shape == (2, 32, 32, 3) and outputs["np"].images.dtype == np.float32
-    assert (
-        outputs["pt"].images.shape == (2, 3, 32, 32)
-        and 0 <= outputs["pt"].images.min() <= outputs["pt"].images.max() <= 1
-    )
-    assert outputs["latent"].images.shape == (2, 4, 16, 16)
-    assert isinstance(outputs["pil"].images[0], PIL.Image.Image)
-    images, nsfw, objects, attention = sample(pipeline, return_dict=False)
-    assert images.shape == (1, 3, 32, 32) and (nsfw, objects, attention) == (None, None, None)
 
 
 def test_same_seed_gives_the_same_picture():
@@ -204,33 +172,6 @@ def test_encode_prompt_needs_only_the_text_encoder():
         embeds_only, None, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds
     ).images
     assert torch.equal(images, sample(compose_pipeline(), ["a dog", "a cat"]).images)
-
-
-def test_save_and_load(tmp_path):
-    pipeline = compose_pipeline()
-    pipeline.save_pretrained(tmp_path)
-    loaded = quiet(TokenComposePipeline.from_pretrained(tmp_path))
-    assert torch.equal(sample(loaded).images, sample(pipeline).images)
-    assert torch.equal(
-        sample(loaded, objects=DOG_AND_CORGI, return_attention=True).attention[0]["corgi"],
-        sample(pipeline, objects=DOG_AND_CORGI, return_attention=True).attention[0]["corgi"],
-    )
-
-
-def test_loads_a_stable_diffusion_checkpoint(tmp_path):
-    plain, _ = both_pipelines()
-    plain.save_pretrained(tmp_path)
-    loaded = quiet(TokenComposePipeline.from_pretrained(tmp_path))
-    assert torch.equal(sample(loaded).images, sample(plain).images)
-
-
-def test_from_pipe_both_ways():
-    plain, _ = both_pipelines()
-    ours = quiet(TokenComposePipeline.from_pipe(plain))
-    assert ours.unet is plain.unet
-    assert torch.equal(sample(ours).images, sample(plain).images)
-    back = quiet(type(plain).from_pipe(ours))
-    assert torch.equal(sample(back).images, sample(plain).images)
 
 
 def test_parts_are_installed_for_the_loop_and_restored():

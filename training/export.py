@@ -1,0 +1,112 @@
+"""What a finished fine-tuning run leaves: weights in the form that loads most easily, and their card."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from objectcompose.adapters.base_identity import BaseIdentity
+from objectcompose.adapters.folders import folder_saved_whole
+from objectcompose.adapters.model_card import ModelCardFacts, write_model_card
+from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.training.common import current_commit
+from objectcompose.training.trainable import LORA_ADAPTER, TrainModules
+
+
+DELTA_NAME = "unet_delta.safetensors"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Enter the options of the exported weights and their card."""
+    group = parser.add_argument_group("export")
+    group.add_argument("--train_modules", choices=("unet", "attn2", "to_k", "lora"), help="what is trained")
+    group.add_argument("--lora_rank", type=int, default=8, help="of --train_modules lora")
+    group.add_argument(
+        "--delta_rank", type=int, default=None, help="export differences at this rank instead of the whole UNet"
+    )
+    group.add_argument("--base_license", default="see the base model's card", help="for the card")
+    group.add_argument("--data_license", default="see the data set's card", help="for the card")
+    group.add_argument("--weights_license", default="other", help="for the card; an identifier that the Hub knows")
+
+
+def export_weights(
+    folder: Path,
+    unet: Any,
+    modules: TrainModules,
+    before: Mapping[str, torch.Tensor] | None,
+    made_for: BaseIdentity,
+    card: ModelCardFacts,
+    delta_rank: int | None = None,
+) -> Path:
+    """Write trained weights and their card; the folder is whole or not there.
+
+    Args:
+        folder: where to.
+        unet: the trained UNet.
+        modules: what was trained. "unet" gives `unet/`, for `UNet2DConditionModel.from_pretrained(folder,
+            subfolder="unet")`; "lora" a file for `load_lora_weights`; the others a `UNetDelta`.
+        before: the trained parameters' values before training, by name; None where nothing needs them ("lora", and
+            "unet" without a rank).
+        made_for: the base.
+        card: what the card says.
+        delta_rank: a `UNetDelta` of this rank also for "unet".
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointFileError: it cannot be written.
+        CheckpointError: training changed nothing, or the rank is below 1.
+    """
+    is_delta = modules in ("attn2", "to_k") or delta_rank is not None
+    marker = LORA_NAME if modules == "lora" else DELTA_NAME if is_delta else "unet/config.json"
+    with folder_saved_whole(folder, marker) as target:
+        if modules == "lora":
+            from peft.utils import get_peft_model_state_dict
+
+            layers = get_peft_model_state_dict(unet, adapter_name=LORA_ADAPTER)
+            StableDiffusionPipeline.save_lora_weights(target, unet_lora_layers=layers, weight_name=LORA_NAME)
+        elif is_delta:
+            assert before is not None
+            after = {name: parameter for name, parameter in unet.named_parameters() if name in before}
+            UNetDelta.between(before, after, made_for, delta_rank, notes={"command": card.command}).save(
+                target / DELTA_NAME
+            )
+        else:
+            unet.save_pretrained(target / "unet")
+        write_model_card(target, card)
+    return folder
+
+
+def values_before(
+    parameters: Mapping[str, torch.Tensor], modules: TrainModules, delta_rank: int | None
+) -> dict[str, torch.Tensor] | None:
+    """Copies of the parameters on the CPU, where `export_weights` will need them."""
+    if modules == "lora" or (modules == "unet" and delta_rank is None):
+        return None
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+
+
+def card_of_run(args: argparse.Namespace, title: str, summary: str, data: str, base_model: str) -> ModelCardFacts:
+    """The card of a run, with the command that is running now."""
+    script = Path(sys.argv[0]).stem
+    return ModelCardFacts(
+        title=title,
+        summary=summary,
+        base_model=base_model,
+        base_license=args.base_license,
+        code_license="Apache-2.0",
+        weights_license=args.weights_license,
+        data=data,
+        data_license=args.data_license,
+        command=f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:])}",
+        commit=current_commit(),
+    )

@@ -1,0 +1,130 @@
+"""Fine-tune a UNet's cross-attention keys so that objects do not share attention (arXiv 2312.06712).
+
+    accelerate launch -m objectcompose.training.train_separate_enhance \\
+        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 --concepts cat dog --output_dir outputs/cat_dog
+    ... --concepts_file concepts.txt --max_train_steps 10000 --learning_rate 4e-6 --norm_weight 0.5    # many concepts
+
+No pictures are needed; the losses are in `separate_enhance_losses`. Only `attn2.to_k` is trained and exported, as a
+`UNetDelta` in the output folder's `weights`. Run the same command again to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import DDPMScheduler
+
+from objectcompose.adapters.base_identity import identify_base
+from objectcompose.errors import LayoutError
+from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.training.caption_encoding import encode_caption
+from objectcompose.training.common import start_training
+from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
+from objectcompose.training.loop import add_loop_arguments, loop_options, run_loop
+from objectcompose.training.separate_enhance_losses import SeparateEnhanceLosses, SeparateEnhanceOptions
+from objectcompose.training.train_token_compose import painter
+from objectcompose.training.trainable import select_trainable
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """All options; the defaults are those of the paper's pair mode."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--pretrained_model", default=None, help="folder or Hub id of the base; none: toybox")
+    concepts = parser.add_mutually_exclusive_group(required=True)
+    concepts.add_argument("--concepts", nargs="+", help="nouns")
+    concepts.add_argument("--concepts_file", type=Path, help="one noun per line")
+    parser.add_argument(
+        "--attention_grid", type=int, nargs=2, default=None, help="of the maps; none: a quarter of the latent's sides"
+    )
+    defaults = SeparateEnhanceOptions()
+    losses = parser.add_argument_group("losses")
+    for name in ("sep_weight", "enhance_weight", "norm_weight", "sigma"):
+        losses.add_argument(f"--{name}", type=float, default=getattr(defaults, name), help="see the losses")
+    losses.add_argument("--head_mode", choices=("per_head", "mean"), default="per_head", help="see the losses")
+    losses.add_argument("--sep_reduce", choices=("pairwise", "joint"), default="pairwise", help="see separate_loss")
+    losses.add_argument("--sep_pixel", choices=("max", "soft_iou"), default="max", help="see separate_loss")
+    losses.add_argument("--objects", type=int, default=2, help="concepts in one prompt")
+    losses.add_argument(
+        "--latent_source",
+        choices=("gaussian_scaled", "gaussian_unit"),
+        default="gaussian_scaled",
+        help="clean latents",
+    )
+    losses.add_argument("--min_timestep", type=int, default=0, help="first timestep")
+    losses.add_argument("--max_timestep", type=int, default=None, help="last timestep, exclusive; none: all")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time, same result")
+    parser.add_argument("--validation_prompts", nargs="*", default=[], help="painted while training")
+    add_loop_arguments(parser, max_train_steps=200, train_batch_size=4, learning_rate=5e-6, checkpointing_steps=100)
+    add_export_arguments(parser)
+    parser.set_defaults(train_modules="to_k")
+    return parser
+
+
+def read_concepts(args: argparse.Namespace) -> list[str]:
+    """The nouns, from the command line or the file.
+
+    Raises:
+        LayoutError: the file cannot be read.
+    """
+    if args.concepts is not None:
+        return list(args.concepts)
+    try:
+        lines = args.concepts_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayoutError(f"`concepts_file` {str(args.concepts_file)!r} cannot be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = create_parser().parse_args(argv)
+    options = loop_options(args)
+    loss_options = SeparateEnhanceOptions(
+        **{name: getattr(args, name) for name in SeparateEnhanceOptions.__dataclass_fields__}
+    )
+    concepts = read_concepts(args)
+    accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
+    pipeline = load_checkpoint(args.pretrained_model, str(accelerator.device))
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder.requires_grad_(False).float()
+    side = unet.config.sample_size
+    rows, columns = args.attention_grid or (side // 4, side // 4)
+    made_for = identify_base(unet, args.pretrained_model)
+    parameters = select_trainable(unet.train(), args.train_modules, args.lora_rank)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    before = values_before(parameters, args.train_modules, args.delta_rank)
+    losses = SeparateEnhanceLosses(
+        unet,
+        parameters,
+        DDPMScheduler.from_config(pipeline.scheduler.config),
+        pipeline.tokenizer,
+        lambda prompt: encode_caption(pipeline.tokenizer, text_encoder, prompt),
+        concepts,
+        (unet.config.in_channels, side, side),
+        (rows, columns),
+        loss_options,
+        accelerator.autocast,
+    )
+    paint = painter(pipeline, args.validation_prompts, args.output_dir / "validation")
+    run_loop(accelerator, parameters, losses, len(concepts), options, paint)
+    if accelerator.is_main_process:
+        card = card_of_run(
+            args,
+            title="Separate-and-Enhance keys",
+            summary="Cross-attention keys that were fine-tuned with Separate-and-Enhance (arXiv 2312.06712).",
+            data=f"no pictures; prompts of {len(concepts)} concepts",
+            base_model=args.pretrained_model or "toybox-1",
+        )
+        folder = export_weights(
+            args.output_dir / "weights", unet, args.train_modules, before, made_for, card, args.delta_rank
+        )
+        print(f"weights after {options.max_train_steps} steps: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
