@@ -63,12 +63,15 @@ def loading_errors(source: Any, refuses_pickles: bool) -> Iterator[None]:
     source = str(source)
 
     def hint(reason: str) -> str:
-        mirrors = () if Path(source).is_dir() else KNOWN_MIRRORS.get(source, ())
+        hints = []
+        if damaged := _damaged_files(Path(source)):
+            hints.append(f" Damaged: {', '.join(damaged)}.")
         is_pickled = ".bin" in reason or any(Path(source).rglob("*.bin"))
-        pickles = PICKLE_HINT if refuses_pickles and is_pickled and "safetensors" in reason else ""
-        return pickles + (
-            f" It is gone from the Hub, or gated; known mirrors: {', '.join(mirrors)}." if mirrors else ""
-        )
+        if refuses_pickles and is_pickled and "safetensors" in reason:
+            hints.append(PICKLE_HINT)
+        if source in KNOWN_MIRRORS and not Path(source).is_dir():
+            hints.append(f" It is gone from the Hub, or gated; known mirrors: {', '.join(KNOWN_MIRRORS[source])}.")
+        return "".join(hints)
 
     with checkpoint_file_errors(f"{source!r} cannot be loaded", hint):
         yield

@@ -20,7 +20,6 @@ class AdapterLoaderMixin:
 
     adapter: Any
     unet: Any
-    config: Any
     components: Any
     register_modules: Any
 
@@ -49,8 +48,7 @@ class AdapterLoaderMixin:
     def check_adapter(self, adapter: Any, unet: Any) -> None:
         """Raise `CheckpointError` unless there is no adapter or it was made for this base; for `__init__`."""
         if adapter is not None and unet is not None:
-            name = getattr(self.config, "_name_or_path", None) if hasattr(self, "_internal_dict") else None
-            adapter.check_base(unet, hub_id(name))
+            adapter.check_base(unet, hub_id(getattr(self, "name_or_path", None)))  # no name yet in `__init__`
 
 
 def adapter_class_of(pipeline_class: type) -> Any:

@@ -80,7 +80,7 @@ def hub_code(owner: type) -> str | None:
 class HubSavingMixin:
     """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
 
-    config: Any
+    name_or_path: Any
     config_name: str
     components: Any
 
@@ -181,7 +181,7 @@ class HubSavingMixin:
                 folder,
                 repo_id,
                 card=model_card,
-                default_card=plain_card_text(name, hub_id(getattr(self.config, "_name_or_path", None)), usage),
+                default_card=plain_card_text(name, hub_id(self.name_or_path), usage),
                 commit_message=commit_message or f"Upload {name}",
                 private=private,
                 token=token,

@@ -206,7 +206,9 @@ def adapter_has_a_repository_of_its_own(row: Row) -> None:
         return
     pipeline, repo = row.notes["pipeline"], f"{row.repo}-adapter"
     pipeline.adapter.push_to_hub(repo)
-    assert row.adapter_class.from_pretrained(repo).made_for == pipeline.adapter.made_for
+    pipeline.adapter.push_to_hub(repo, subfolder="half", variant="fp16")
+    for options in ({}, {"subfolder": "half", "variant": "fp16"}):
+        assert row.adapter_class.from_pretrained(repo, **options).made_for == pipeline.adapter.made_for
     from_parts = row.pipeline_class.from_pretrained("tester/stock", adapter=row.adapter_class.from_pretrained(repo))
     row.expect(from_parts)
     later = row.pipeline_class.from_pretrained("tester/stock")

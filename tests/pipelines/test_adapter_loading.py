@@ -64,6 +64,9 @@ def test_an_adapter_for_another_base_is_refused_and_changes_nothing(folders):
     before = pipeline.adapter
     with pytest.raises(CheckpointError, match="made for owner/other"):
         pipeline.load_adapter(folders / "foreign")
+    pipeline.register_to_config(_name_or_path="owner/here")  # as loading by id does
+    with pytest.raises(CheckpointError, match="made for owner/other, not for owner/here"):
+        pipeline.load_adapter(folders / "foreign")
     with pytest.raises(CheckpointFileError, match="cannot be loaded"):
         pipeline.load_adapter(folders / "nowhere")
     assert pipeline.adapter is before

@@ -104,7 +104,7 @@ def test_disk_full_leaves_an_older_save_as_it_was(copy, disk_full):
 
 
 def test_no_permission(tmp_path):
-    closed = tmp_path / "closed"
+    pipeline, closed = compose_pipeline(), tmp_path / "closed"
     closed.mkdir(mode=0o555)
     is_root = os.geteuid() == 0
     if is_root:  # whom permissions do not stop
@@ -113,7 +113,7 @@ def test_no_permission(tmp_path):
         os.seteuid(65534)
     try:
         with pytest.raises(CheckpointFileError, match="Permission denied"):
-            compose_pipeline().save_pretrained(closed / "p")
+            pipeline.save_pretrained(closed / "p")
     finally:
         if is_root:
             os.seteuid(0)

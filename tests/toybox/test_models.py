@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from objectcompose.toybox.scenes import list_objects
 from objectcompose.toybox.tokenizer import build_tokenizer
 from objectcompose.toybox.weights import ENVIRONMENT_VARIABLE, active_preset, toybox_path, weights_hash
 from objectcompose.training.toybox_contrastive import ViewStream, info_nce
-from objectcompose.training.train_toybox_clipseg import segment
+from objectcompose.training.train_toybox_clipseg import PHRASES, draw_phrases, naming_loss, segment
 from objectcompose.training.train_toybox_image_encoder import caption_loss
 
 
@@ -140,3 +141,27 @@ def test_segment_is_the_models_own_forward_with_gradients():
     logits.square().mean().backward()
     assert model.clip.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
     assert model.clip.text_model.embeddings.token_embedding.weight.grad.abs().sum() > 0
+
+
+def test_half_of_a_pictures_phrases_are_not_in_it():
+    present = np.array([[3, -1, -1, -1, -1], [0, 5, 7, -1, -1]])
+    for seed in range(20):
+        categories, forms = draw_phrases(CPU, present, np.random.default_rng(seed))
+        assert categories.shape == forms.shape == (2, PHRASES)
+        assert all(len(set(row)) == PHRASES for row in categories.tolist())
+        shown = [len(set(row) & set(there)) for row, there in zip(categories.tolist(), present.tolist(), strict=True)]
+        assert shown == [1, 2]
+
+
+def test_naming_loss_matches_patches_with_their_category():
+    tokenizer = build_tokenizer()
+    model = build_clipseg(CPU, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    names = torch.randn(len(CPU.categories), 64)
+    maps = torch.zeros(2, 64, 64, dtype=torch.long)
+    maps[0, :32], maps[1, 40:, 8:] = 1, 6  # categories 0 and 5
+    patches = maps[:, 2::4, 2::4].flatten(1)
+    inverse = torch.linalg.pinv(model.clip.visual_projection.weight).T  # what projects to a given embedding
+    right = torch.cat([torch.zeros(2, 1, 96), names[(patches - 1).clamp(min=0)] @ inverse], dim=1)
+    wrong = torch.cat([torch.zeros(2, 1, 96), names[(patches % 8)] @ inverse], dim=1)
+    assert naming_loss(model, right, names, maps) < 0.05 < 2 < naming_loss(model, wrong, names, maps)
+    assert naming_loss(model, right.requires_grad_(), names, torch.zeros_like(maps)) == 0

@@ -2966,12 +2966,15 @@ def loading_errors(source: "Any", refuses_pickles: "bool") -> "Iterator[None]":
     source = str(source)
 
     def hint(reason: "str") -> "str":
-        mirrors = () if Path(source).is_dir() else KNOWN_MIRRORS.get(source, ())
+        hints = []
+        if damaged := _damaged_files(Path(source)):
+            hints.append(f" Damaged: {', '.join(damaged)}.")
         is_pickled = ".bin" in reason or any(Path(source).rglob("*.bin"))
-        pickles = PICKLE_HINT if refuses_pickles and is_pickled and "safetensors" in reason else ""
-        return pickles + (
-            f" It is gone from the Hub, or gated; known mirrors: {', '.join(mirrors)}." if mirrors else ""
-        )
+        if refuses_pickles and is_pickled and "safetensors" in reason:
+            hints.append(PICKLE_HINT)
+        if source in KNOWN_MIRRORS and not Path(source).is_dir():
+            hints.append(f" It is gone from the Hub, or gated; known mirrors: {', '.join(KNOWN_MIRRORS[source])}.")
+        return "".join(hints)
 
     with checkpoint_file_errors(f"{source!r} cannot be loaded", hint):
         yield
@@ -3160,7 +3163,7 @@ def hub_code(owner: "type") -> "str | None":
 class HubSavingMixin:
     """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
 
-    config: "Any"
+    name_or_path: "Any"
     config_name: "str"
     components: "Any"
 
@@ -3261,7 +3264,7 @@ class HubSavingMixin:
                 folder,
                 repo_id,
                 card=model_card,
-                default_card=plain_card_text(name, hub_id(getattr(self.config, "_name_or_path", None)), usage),
+                default_card=plain_card_text(name, hub_id(self.name_or_path), usage),
                 commit_message=commit_message or f"Upload {name}",
                 private=private,
                 token=token,

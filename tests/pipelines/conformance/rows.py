@@ -51,17 +51,17 @@ class Row:
     adds_components: Callable[[Any], dict[str, Any]] = lambda unet: {}
 
     def components(self, kind: str = "sd1", **changes: Any) -> dict[str, Any]:
-        components = {**tiny_components(kind), **changes}
-        return {**self.adds_components(components["unet"]), **components}
+        plain = {**tiny_components(kind), **changes}
+        return {**plain, **self.adds_components(plain["unet"])}
 
     def build(self, kind: str = "sd1", **changes: Any) -> Any:
         return quiet(self.pipeline_class(**self.components(kind, **changes)))
 
     def build_both(self, **changes: Any) -> tuple[Any, Any]:
         """The plain pipeline and this one, on the same components."""
-        components = self.components(**changes)
-        plain = {name: part for name, part in components.items() if name in tiny_components()}
-        return quiet(self.plain_class(**plain)), quiet(self.pipeline_class(**components))
+        plain = {**tiny_components(), **changes}
+        ours = {**plain, **self.adds_components(plain["unet"])}
+        return quiet(self.plain_class(**plain)), quiet(self.pipeline_class(**ours))
 
     def call(self, pipeline: Any, *scenes: int, **arguments: Any) -> Any:
         """The method at work on scenes (default: the first): two steps, tensors, one seeded generator per picture."""
