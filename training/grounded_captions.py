@@ -248,9 +248,9 @@ class GroundedCaptions:
     def _crop(self, picture: Image.Image) -> torch.Tensor:
         """(C, R, R) in [0, 1]."""
         width, height = picture.size
-        factor = self.resolution / min(width, height)
+        short = min(width, height)
         # whole sizes as torchvision's `Resize` has them: the long side is cut off, not rounded
-        size = tuple(self.resolution if side == min(width, height) else int(side * factor) for side in (width, height))
+        size = self.resolution * width // short, self.resolution * height // short
         resized = picture.resize(size, Image.Resampling.BILINEAR)
         left, top = (round((side - self.resolution) / 2) for side in size)
         cropped = resized.crop((left, top, left + self.resolution, top + self.resolution))
@@ -301,7 +301,7 @@ def _open_picture(path: Path) -> Image.Image:
 def _read_mask(path: Path) -> Image.Image:
     """First channel of a mask of any mode, as 8-bit grey."""
     try:
-        mask = Image.open(path)
+        mask: Image.Image = Image.open(path)
         mask.load()
     except (OSError, UnidentifiedImageError, ValueError) as error:
         raise ImageInputError(f"`{path}` cannot be read as a mask: {error}") from error
