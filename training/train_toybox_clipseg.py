@@ -28,7 +28,7 @@ from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit, parse_toybox, toybox_parser
 
 
-STEPS = {"cpu": 2400, "gpu": 20_000}
+STEPS = {"cpu": 6000, "gpu": 20_000}
 BATCH_SIZE = 8  # pictures
 PHRASES = 4  # for each picture
 NAMING_WEIGHT = 0.5  # of `naming_loss`
