@@ -45,7 +45,9 @@ def start_training(
         cpu: stay on the CPU even where a GPU is there.
     """
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, gradient_accumulation_steps=gradient_accumulation_steps, cpu=cpu
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        cpu=cpu or not torch.accelerator.is_available(),  # else several processes on CPUs would not find one another
     )
     set_seed(seed, device_specific=True)
     return accelerator
@@ -313,7 +315,7 @@ def current_commit() -> str:
     return head + ("+" if changed else "")
 
 
-def progress_bar(total: int, start: int = 0, description: str = "training") -> tqdm:
+def progress_bar(total: int, start: int = 0, description: str = "training", is_shown: bool = True) -> tqdm:
     """Bar over optimizer steps that begins at the step that was resumed from; one line per 30 s without a terminal."""
-    interactive = os.isatty(2)
-    return tqdm(total=total, initial=start, desc=description, mininterval=0.5 if interactive else 30.0, unit="step")
+    interval = 0.5 if os.isatty(2) else 30.0
+    return tqdm(total=total, initial=start, desc=description, mininterval=interval, unit="step", disable=not is_shown)

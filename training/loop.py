@@ -219,7 +219,8 @@ def run_loop(
         restore_state(state, **parts)
     if ema is not None:
         ema.to(accelerator.device)
-    with _Log(accelerator, options, start) as log, progress_bar(options.max_train_steps, start) as bar:
+    bar = progress_bar(options.max_train_steps, start, is_shown=accelerator.is_main_process)
+    with _Log(accelerator, options, start) as log, bar:
         for step in range(start, options.max_train_steps):
             sums: dict[str, torch.Tensor] = {}
             for micro_step in range(options.gradient_accumulation_steps):

@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipeline = load_checkpoint(args.pretrained_model, str(accelerator.device))
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
-    dataset = load_dataset(args, resolution)
+    with accelerator.main_process_first():  # who renders or reads first fills the caches
+        dataset = load_dataset(args, resolution)
     for frozen in (vae, text_encoder):
         frozen.requires_grad_(False).float()
     made_for = identify_base(unet, args.pretrained_model)
