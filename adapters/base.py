@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from objectcompose.adapters.base_identity import BaseIdentity, check_same_base
-from objectcompose.adapters.folders import folder_saved_whole, loading_errors, push_folder, take_push_options
-from objectcompose.adapters.model_card import ModelCardFacts, plain_card_text
+from objectcompose.adapters.folders import FolderPushMixin, folder_saved_whole, loading_errors, take_push_options
+from objectcompose.adapters.model_card import plain_card_text
 from objectcompose.errors import CheckpointError
 
 
-class AdapterMixin:
+class AdapterMixin(FolderPushMixin):
     """Compatibility with a base model, and folders that are complete or do not load: the first base of every adapter.
 
     An adapter is a class `SomeAdapter(AdapterMixin, ModelMixin, ConfigMixin)` that registers the arguments
@@ -96,47 +95,8 @@ class AdapterMixin:
         if push_to_hub:
             self.push_to_hub(**push_options, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-        model_card: ModelCardFacts | str | None = None,
-        **options: Any,
-    ) -> str:
-        """Upload to the Hub in one commit.
-
-        Args:
-            repo_id: "owner/name"; created where it does not exist.
-            commit_message: of the commit.
-            private: whether a new repository is private.
-            token: access token; None is the stored one.
-            create_pr: open a pull request instead.
-            subfolder: where in the repository; None is its root.
-            model_card: what the card says; None keeps the repository's card, or makes a short one.
-            options: arguments of `save_pretrained`, such as `variant`.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
-        """
+    def default_card(self, repo_id: str) -> str:
+        """Text of the card where none is given."""
         name = type(self).__name__
         usage = f'from {type(self).__module__} import {name}\n\nadapter = {name}.from_pretrained("{repo_id}")'
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)
-            return push_folder(
-                folder,
-                repo_id,
-                card=model_card,
-                default_card=plain_card_text(name, self.made_for.base_model, usage),
-                commit_message=commit_message or f"Upload {name}",
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                subfolder=subfolder,
-            )
+        return plain_card_text(name, self.made_for.base_model, usage)

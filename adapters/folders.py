@@ -208,3 +208,54 @@ def take_push_options(options: dict[str, Any], save_directory: str | Path) -> di
     """Take what only `push_to_hub` understands out of `save_pretrained`'s options; the folder's name is the id."""
     taken = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
     return {"repo_id": Path(save_directory).name, **taken}
+
+
+class FolderPushMixin:
+    """`push_to_hub` for what has a `save_pretrained` and a `default_card`."""
+
+    save_pretrained: Any
+    default_card: Callable[[str], str]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+        model_card: ModelCardFacts | str | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload to the Hub in one commit.
+
+        Args:
+            repo_id: "owner/name"; created where it does not exist.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: access token; None is the stored one.
+            create_pr: open a pull request instead.
+            subfolder: where in the repository; None is its root.
+            model_card: what the card says; None keeps the repository's card, or makes a short one.
+            options: arguments of `save_pretrained`, such as `variant`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
+            CheckpointError: as for `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                card=model_card,
+                default_card=self.default_card(repo_id),
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 
 from objectcompose.errors import ObjectComposeError
-from objectcompose.files import write_atomically
+from objectcompose.files import write_atomically, write_png
 
 
 SAMPLE_NAME = "sample.png"
@@ -155,9 +154,7 @@ def write_model_card(folder: str | Path, card: ModelCardFacts | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(card, str):
         if card.sample is not None:
-            png = io.BytesIO()
-            card.sample.save(png, format="PNG")
-            write_atomically(path.with_name(SAMPLE_NAME), png.getvalue())
+            write_png(path.with_name(SAMPLE_NAME), card.sample)
         card = model_card_text(card)
     write_atomically(path, card.encode())
     return path

@@ -9,13 +9,13 @@ import gzip
 import hashlib
 import json
 import math
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from objectcompose.checkout import checkout_state
 from objectcompose.errors import ObjectComposeError
 from objectcompose.files import write_atomically
 
@@ -78,10 +78,12 @@ def write_result(
         named_function(regenerate)
     folder = Path(folder)
     raw = _gzip_rows(rows)
-    result = {
+    commit, is_dirty = checkout_state(":(top)", f":(top,exclude){RESULTS_FOLDER.as_posix()}")
+    result: dict[str, Any] = {
         "name": name,
         "command": command,
-        **_commit_and_dirty(),
+        "commit": commit,
+        "dirty": is_dirty,
         "device": device or describe_device(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": [int(seed) for seed in seeds],
@@ -210,23 +212,3 @@ def describe_device() -> str:
 def _gzip_rows(rows: list[dict[str, Any]]) -> bytes:
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     return gzip.compress(lines.encode(), mtime=0)  # without the time, equal rows give equal bytes
-
-
-def _commit_and_dirty() -> dict[str, Any]:
-    """HEAD, and whether tracked files other than results differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git(
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ":(top)",
-            f":(top,exclude){RESULTS_FOLDER.as_posix()}",
-        )
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown", "dirty": True}

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
+from objectcompose.grounding.toybox_truth import scene_picture
 from objectcompose.toybox.categories import Preset
 from objectcompose.toybox.identities import Identity, sample_identity
 from objectcompose.toybox.judge import MIN_AREA, Judge
@@ -179,8 +180,7 @@ def base_rows(
             seen = {detection.category for detection in detections}
             rows.append({**row, "found": [name for name in row["named"] if name in seen]})
             if keep is not None:
-                pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-                keep(rows[-1], Image.fromarray(pixels))
+                keep(rows[-1], scene_picture(image))
     return rows
 
 

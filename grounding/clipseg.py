@@ -19,9 +19,8 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.grounding.detection import Detection, box_of_mask
-from objectcompose.grounding.grounding_dino import check_threshold
+from objectcompose.grounding.inputs import check_threshold, check_token_counts
 from objectcompose.grounding.loading import fingerprint, load_pretrained
-from objectcompose.grounding.owlv2 import check_token_counts
 
 
 DEFAULT_CLIPSEG = "CIDAS/clipseg-rd64-refined"

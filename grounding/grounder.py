@@ -298,16 +298,20 @@ def _backend_loader(table: Mapping[str, str], name: str) -> Any:
     return getattr(import_module(module), function)
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None, name: str = "device") -> torch.device:
     """The device, tried out; None: "cuda" where there is one, else "cpu".
+
+    Args:
+        device: what was asked for.
+        name: the argument's name for messages.
 
     Raises:
         ObjectComposeError: torch cannot use it.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(name)
+        place = torch.device(wanted)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise ObjectComposeError(f"`device` {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ObjectComposeError(f"`{name}` {str(wanted)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return place

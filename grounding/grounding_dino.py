@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
 
-from objectcompose.errors import LayoutError, ObjectComposeError, PromptTooLongError
+from objectcompose.errors import LayoutError, PromptTooLongError
 from objectcompose.grounding.detection import Detection, box_within_picture
-from objectcompose.grounding.inputs import plain_phrase
+from objectcompose.grounding.inputs import check_threshold, plain_phrase
 from objectcompose.grounding.loading import fingerprint, load_pretrained
 
 
@@ -90,13 +90,6 @@ def load_grounding_dino(
     source = source or DEFAULT_GROUNDING_DINO
     model, processor = load_pretrained(GroundingDinoForObjectDetection, GroundingDinoProcessor, source, device, dtype)
     return GroundingDinoDetector(model, processor, threshold, text_threshold)
-
-
-def check_threshold(value: Any, name: str) -> float:
-    """`value` as a float in [0, 1]; raises ObjectComposeError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ObjectComposeError(f"`{name}` must lie in [0, 1], got {value!r}.")
-    return float(value)
 
 
 def text_of_phrases(phrases: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What grounding accepts: pictures and phrases, checked before any model runs."""
+"""What grounding accepts: pictures, phrases and settings, checked before any model runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from objectcompose.errors import ImageInputError, LayoutError
+from objectcompose.errors import ImageInputError, LayoutError, ObjectComposeError, PromptTooLongError
 from objectcompose.layout_fields import check_picture, check_text, shown_value
 
 
@@ -68,3 +68,24 @@ def check_ground_phrases(phrases: Any, name: str = "phrases") -> tuple[str, ...]
 def plain_phrase(phrase: str) -> str:
     """The phrase in lower case with single spaces: what detectors read, and what makes two phrases the same."""
     return " ".join(phrase.lower().split())
+
+
+def check_threshold(value: Any, name: str) -> float:
+    """`value` as a float in [0, 1]; raises ObjectComposeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ObjectComposeError(f"`{name}` must lie in [0, 1], got {value!r}.")
+    return float(value)
+
+
+def check_token_counts(tokenizer: Any, phrases: Sequence[str], longest: int) -> None:
+    """Check that each phrase fits into a text encoder.
+
+    Raises:
+        PromptTooLongError: a phrase has more than `longest` tokens, special ones counted.
+    """
+    for phrase in phrases:
+        count = len(tokenizer(phrase).input_ids)
+        if count > longest:
+            raise PromptTooLongError(
+                f"`phrases` must have at most {longest} tokens each for this model, got {count}: {phrase!r}."
+            )

@@ -28,10 +28,10 @@ from objectcompose.grounding.grounding_dino import (
     BOX_THRESHOLD,
     TEXT_THRESHOLD,
     boxes_of_phrases,
-    check_threshold,
     phrase_tokens,
     text_of_phrases,
 )
+from objectcompose.grounding.inputs import check_threshold
 from objectcompose.grounding.loading import (
     PUBLISHED_CHECKPOINTS,
     fill_model,

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from objectcompose.errors import ObjectComposeError
-from objectcompose.files import write_atomically
+from objectcompose.files import write_atomically, write_png
 from objectcompose.grounding.detection import Detection, detections_to_layout
 from objectcompose.grounding.overlay import overlay_detections
 from objectcompose.layout import save_layout
@@ -71,11 +70,11 @@ def write_grounding(
         (folder / DONE_FILE).unlink(missing_ok=True)  # until the new one is whole, the picture is not done
         for one, name in zip(found, names, strict=True):
             if one.mask is not None and name is not None:
-                _write_png(Image.fromarray((one.mask.numpy() * 255).astype(np.uint8)), folder / name)
+                write_png(folder / name, Image.fromarray((one.mask.numpy() * 255).astype(np.uint8)))
         for stale in (folder / "masks").glob("*.png"):
             if f"masks/{stale.name}" not in names:
                 stale.unlink()
-        _write_png(overlay_detections(picture, found), folder / "overlay.png")
+        write_png(folder / "overlay.png", overlay_detections(picture, found))
         if layout is None:
             (folder / LAYOUT_FILE).unlink(missing_ok=True)
         else:
@@ -104,9 +103,3 @@ def finished_report(folder: Path, key: str, prompt: str | None) -> dict[str, Any
 def _mask_name(number: int, one: Detection) -> str:
     words = re.sub(r"[^\w-]+", "_", (one.phrase or "part").lower())[:40]
     return f"{number:02d}_{words}.png"
-
-
-def _write_png(picture: Image.Image, path: Path) -> None:
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
-    write_atomically(path, content.getvalue())

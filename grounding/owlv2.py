@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
-from objectcompose.errors import PromptTooLongError
 from objectcompose.grounding.detection import Detection, box_within_picture
-from objectcompose.grounding.grounding_dino import check_threshold
+from objectcompose.grounding.inputs import check_threshold, check_token_counts
 from objectcompose.grounding.loading import fingerprint, load_pretrained
 
 
@@ -93,17 +92,3 @@ def load_owlv2(
     check_threshold(threshold, "threshold")
     model, processor = load_pretrained(Owlv2ForObjectDetection, Owlv2Processor, source or DEFAULT_OWLV2, device, dtype)
     return Owlv2Detector(model, processor, threshold)
-
-
-def check_token_counts(tokenizer: Any, phrases: Sequence[str], longest: int) -> None:
-    """Check that each phrase fits into a text encoder.
-
-    Raises:
-        PromptTooLongError: a phrase has more than `longest` tokens, special ones counted.
-    """
-    for phrase in phrases:
-        count = len(tokenizer(phrase).input_ids)
-        if count > longest:
-            raise PromptTooLongError(
-                f"`phrases` must have at most {longest} tokens each for this model, got {count}: {phrase!r}."
-            )

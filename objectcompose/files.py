@@ -1,8 +1,11 @@
 """Files that are either old or new, never a part: used wherever the package writes."""
 
+import io
 import os
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -19,3 +22,10 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """`write_atomically` for a picture, as PNG."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_atomically(path, content.getvalue())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 
 from objectcompose.errors import ImageInputError, LayoutError, MissingFieldError, ObjectComposeError, RegionError
-from objectcompose.files import write_atomically
+from objectcompose.files import write_atomically, write_png
 from objectcompose.layout_fields import (
     check_box,
     check_mask,
@@ -416,11 +415,9 @@ def _save_picture(value: Any, pictures: Path) -> str:
     """Write a picture or a mask; its path relative to the folder of the layout."""
     content = _picture_bytes(value)
     picture = Image.fromarray((value.numpy() * 255).astype(np.uint8)) if isinstance(value, torch.Tensor) else value
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
     pictures.mkdir(exist_ok=True)
     name = f"{hashlib.sha256(content).hexdigest()[:20]}.png"
-    write_atomically(pictures / name, encoded.getvalue())
+    write_png(pictures / name, picture)
     return f"{pictures.name}/{name}"
 
 

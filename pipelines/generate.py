@@ -18,6 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
+from objectcompose.grounding.grounder import usable_device
 from objectcompose.layout import SceneObject, load_layout
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from objectcompose.pipelines.plot import overlay_output, save_png
@@ -115,6 +116,7 @@ def load_checkpoint(model: str | None = None, device: str | None = None) -> Toke
         CheckpointError: there is no usable Stable Diffusion checkpoint.
         ObjectComposeError: the device cannot be used.
     """
+    place = usable_device(device, "--device")  # before anything is loaded
     source = str(toybox_path("base")) if model is None else model
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
     if looks_local and not (Path(source).expanduser() / "model_index.json").is_file():
@@ -132,11 +134,7 @@ def load_checkpoint(model: str | None = None, device: str | None = None) -> Toke
     missing = [name for name in needed if getattr(pipeline, name) is None]
     if missing:
         raise CheckpointError(f"`--model` {source!r} lacks {', '.join(missing)}.")
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return pipeline.to(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ObjectComposeError(f"`--device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return pipeline.to(place)
 
 
 @contextlib.contextmanager

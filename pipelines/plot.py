@@ -6,7 +6,6 @@ Only PIL and numpy are needed. With matplotlib installed any of its colour maps 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from objectcompose.errors import ImageInputError, ObjectComposeError
+from objectcompose.files import write_png
 from objectcompose.layout import as_scene_objects
 from objectcompose.pipelines.pipeline_output import ComposeOutput
 
@@ -152,16 +152,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                image.save(file, format="PNG")
-                file.close()
-                temporary.chmod(0o644)  # temporary files are private by default
-                temporary.replace(target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        write_png(target, image)
     except OSError as error:
         raise ImageInputError(f"`path` {str(target)!r} cannot be written: {error.strerror or error}.") from error
     return target

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -22,13 +21,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from objectcompose.adapters.folders import (
+    FolderPushMixin,
     folder_saved_whole,
     hub_id,
     loading_errors,
-    push_folder,
     take_push_options,
 )
-from objectcompose.adapters.model_card import ModelCardFacts, plain_card_text
+from objectcompose.adapters.model_card import plain_card_text
 from objectcompose.errors import CheckpointError
 
 
@@ -77,7 +76,7 @@ def hub_code(owner: type) -> str | None:
     return files[0].read_text(encoding="utf-8") if files else None
 
 
-class HubSavingMixin:
+class HubSavingMixin(FolderPushMixin):
     """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
 
     name_or_path: Any
@@ -139,55 +138,15 @@ class HubSavingMixin:
         if push_to_hub:
             self.push_to_hub(**push_options, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-        model_card: ModelCardFacts | str | None = None,
-        **options: Any,
-    ) -> str:
-        """Upload to the Hub in one commit.
-
-        Args:
-            repo_id: "owner/name"; created where it does not exist.
-            commit_message: of the commit.
-            private: whether a new repository is private.
-            token: access token; None is the stored one.
-            create_pr: open a pull request instead.
-            subfolder: where in the repository; None is its root.
-            model_card: what the card says; None keeps the repository's card, or makes a short one.
-            options: arguments of `save_pretrained`, such as `variant`.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
-            CheckpointError: as for `save_pretrained`.
-        """
+    def default_card(self, repo_id: str) -> str:
+        """Text of the card where none is given."""
         name = type(self).__name__
         usage = (
             "from diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)\n'
             f'# with the package objectcompose, without remote code: {name}.from_pretrained("{repo_id}")'
         )
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)
-            return push_folder(
-                folder,
-                repo_id,
-                card=model_card,
-                default_card=plain_card_text(name, hub_id(self.name_or_path), usage),
-                commit_message=commit_message or f"Upload {name}",
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                subfolder=subfolder,
-            )
+        return plain_card_text(name, hub_id(self.name_or_path), usage)
 
     def _bundle_code(self, folder: Path) -> None:
         """Put the code beside the weights and point `model_index.json` at it."""

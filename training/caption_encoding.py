@@ -76,8 +76,7 @@ def masks_on_grid(masks: torch.Tensor, grid: tuple[int, int], mode: MaskMode = "
     Raises:
         ObjectComposeError: an unknown mode.
     """
-    if mode not in MASK_MODES:
-        raise ObjectComposeError(f"`mask_mode` must be one of {', '.join(MASK_MODES)}, got {mode!r}.")
+    _check_mask_mode(mode)
     if not len(masks):
         return torch.zeros(0, *grid)
     if mode == "maxpool":
@@ -86,6 +85,11 @@ def masks_on_grid(masks: torch.Tensor, grid: tuple[int, int], mode: MaskMode = "
         antialias = mode == "bilinear_aa"
         resized = F.interpolate(masks[:, None], grid, mode="bilinear", align_corners=False, antialias=antialias)
     return (resized[:, 0] > 0).float()
+
+
+def _check_mask_mode(mode: str) -> None:
+    if mode not in MASK_MODES:
+        raise ObjectComposeError(f"`mask_mode` must be one of {', '.join(MASK_MODES)}, got {mode!r}.")
 
 
 def stack_targets(samples: Sequence[EncodedCaption]) -> GroundingTargets:
@@ -137,8 +141,7 @@ class CaptionEncoder:
         cache: Path | None = None,
         identity: str = "",
     ) -> None:
-        if mask_mode not in MASK_MODES:
-            raise ObjectComposeError(f"`mask_mode` must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}.")
+        _check_mask_mode(mask_mode)
         if on_missing not in ("error", "skip"):
             raise ObjectComposeError(f'`on_missing` must be "error" or "skip", got {on_missing!r}.')
         self.dataset, self.tokenizer, self.text_encoder, self.vae = dataset, tokenizer, text_encoder, vae
@@ -147,14 +150,13 @@ class CaptionEncoder:
 
     def __getitem__(self, index: int) -> EncodedCaption:
         """An encoded sample, on the CPU."""
-        tokens_key = "tokens"
         if self.cache is None:
             return self.encode(self.dataset[index])
         key = hashlib.sha256((self._settings + self.dataset.key(index)).encode()).hexdigest()
         path = self.cache / key[:2] / f"{key}.safetensors"
         try:
             tensors = load_file(path)
-            tokens = json.loads(bytes(tensors.pop(tokens_key).tolist()))
+            tokens = json.loads(bytes(tensors.pop("tokens").tolist()))
             moments, text = tensors.pop("moments"), tensors.pop("text")
             masks = {int(cells): mask.float() for cells, mask in tensors.items()}
             return EncodedCaption(moments, text, tuple(tuple(noun) for noun in tokens), masks)
@@ -163,7 +165,7 @@ class CaptionEncoder:
         encoded = self.encode(self.dataset[index])
         tensors = {str(cells): mask.byte() for cells, mask in encoded.masks.items()}
         tensors |= {"moments": encoded.moments, "text": encoded.text}
-        tensors[tokens_key] = torch.tensor(list(json.dumps(encoded.tokens).encode()), dtype=torch.uint8)
+        tensors["tokens"] = torch.tensor(list(json.dumps(encoded.tokens).encode()), dtype=torch.uint8)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         return encoded
@@ -225,6 +227,12 @@ def encode_caption(tokenizer: Any, text_encoder: torch.nn.Module, caption: str) 
 
 
 def draw_latent(moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
-    """Sample of the posterior, scaled; as diffusers' `DiagonalGaussianDistribution` draws it."""
-    mean, log_variance = moments.chunk(2)
+    """Sample of the posterior, scaled; as diffusers' `DiagonalGaussianDistribution` draws it.
+
+    Args:
+        moments: (..., 2 * C, h, w).
+        noise: standard normal, (..., C, h, w).
+        scaling_factor: of the autoencoder.
+    """
+    mean, log_variance = moments.chunk(2, dim=-3)
     return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise) * scaling_factor

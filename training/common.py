@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from objectcompose.checkout import checkout_state
 from objectcompose.errors import CheckpointError, ObjectComposeError
 from objectcompose.files import write_atomically
 
@@ -302,17 +302,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 def current_commit() -> str:
     """The commit that is checked out, with "+" where tracked code differs from it; "unknown" outside a checkout."""
-    try:
-        head, changed = (
-            subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "--", "toybox", "training"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed else "")
+    commit, is_dirty = checkout_state("toybox", "training")
+    return commit + ("+" if is_dirty and commit != "unknown" else "")
 
 
 def progress_bar(total: int, start: int = 0, description: str = "training", is_shown: bool = True) -> tqdm:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from objectcompose.errors import ImageInputError, LayoutError, RegionError
-from objectcompose.files import write_atomically
+from objectcompose.files import write_atomically, write_png
 from objectcompose.layout_fields import check_picture
 from objectcompose.toybox.categories import Preset
 from objectcompose.training.toybox_data import scene_pool
@@ -183,9 +183,7 @@ def _write_mask(root: Path, identifier: str, noun: str, mask: torch.Tensor, take
     taken.add(name.lower())
     folder = root / MASK_FOLDER / identifier
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.tmp"
-    Image.fromarray((mask > 0).mul(255).byte().cpu().numpy()).save(partial, format="PNG")
-    partial.replace(folder / f"{name}.png")
+    write_png(folder / f"{name}.png", Image.fromarray((mask > 0).mul(255).byte().cpu().numpy()))
     return f"seg/{identifier}/{name}.png"
 
 

@@ -142,6 +142,37 @@ def draws_of_batch(
     return draws
 
 
+def draw_noise(
+    draws: Sequence[Draw], shape: Sequence[int], timesteps: range, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is random about the latents of a batch, each row from its own draw.
+
+    Args:
+        draws: of the batch.
+        shape: (C, h, w).
+        timesteps: to draw from, uniformly.
+        device: of the results.
+
+    Returns:
+        Two standard normal tensors (B, C, h, w), and timesteps (B,).
+    """
+    normal, steps = [], []
+    for draw in draws:
+        normal.append(torch.randn(2, *shape, generator=draw.generator))
+        steps.append(torch.randint(timesteps.start, timesteps.stop, (), generator=draw.generator))
+    first, second = torch.stack(normal, dim=1).to(device)
+    return first, second, torch.stack(steps).to(device)
+
+
+def check_loss_weights(**weights: float) -> None:
+    """Raise `ObjectComposeError` unless weights of losses are finite, at least 0, and one of them is above 0."""
+    for name, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise ObjectComposeError(f"`{name}` must be finite and at least 0, got {weight}.")
+    if not any(weights.values()):
+        raise ObjectComposeError(f"one of {', '.join(f'`{name}`' for name in weights)} must be above 0.")
+
+
 class NamedParameters:
     """Trained parameters under their names, with the `state_dict` that a checkpoint needs."""
 

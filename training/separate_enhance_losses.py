@@ -21,7 +21,7 @@ from objectcompose.attention_processors.probe import TokenMapProbe
 from objectcompose.errors import LayoutError, ObjectComposeError
 from objectcompose.pipelines.token_utils import find_phrases
 from objectcompose.toybox.scenes import with_article
-from objectcompose.training.loop import Draw
+from objectcompose.training.loop import Draw, check_loss_weights, draw_noise
 
 
 #: Standard deviation of Stable Diffusion's unscaled latents, inverted: the authors scale noise by it.
@@ -62,12 +62,9 @@ class SeparateEnhanceOptions:
     max_timestep: int | None = None
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("sep_weight", "enhance_weight", "norm_weight")}
-        for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ObjectComposeError(f"`{name}` must be finite and at least 0, got {weight}.")
-        if not any(weights.values()):
-            raise ObjectComposeError("one of `sep_weight`, `enhance_weight` and `norm_weight` must be above 0.")
+        check_loss_weights(
+            sep_weight=self.sep_weight, enhance_weight=self.enhance_weight, norm_weight=self.norm_weight
+        )
         if self.objects < 2:
             raise ObjectComposeError(f"`objects` must be at least 2, got {self.objects}.")
         if self.head_mode not in ("per_head", "mean"):
@@ -221,14 +218,8 @@ class SeparateEnhanceLosses:
         options = self.options
         scale = GAUSSIAN_SCALE if options.latent_source == "gaussian_scaled" else 1.0
         stop = options.max_timestep or self.scheduler.config.num_train_timesteps
-        clean, noise, timesteps = [], [], []
-        for draw in draws:
-            first, second = torch.randn(2, *self.latent_shape, generator=draw.generator)
-            clean.append(first * scale)
-            noise.append(second)
-            timesteps.append(torch.randint(options.min_timestep, stop, (), generator=draw.generator))
-        steps = torch.stack(timesteps).to(device)
-        return self.scheduler.add_noise(torch.stack(clean).to(device), torch.stack(noise).to(device), steps), steps
+        clean, noise, steps = draw_noise(draws, self.latent_shape, range(options.min_timestep, stop), device)
+        return self.scheduler.add_noise(clean * scale, noise, steps), steps
 
     def _text(self, prompt: str) -> torch.Tensor:
         """Text states, kept: a run has few prompts or short ones."""

@@ -19,7 +19,7 @@ from objectcompose.attention_processors.losses import pixel_loss, token_loss
 from objectcompose.attention_processors.probe import TokenMapProbe
 from objectcompose.errors import ObjectComposeError
 from objectcompose.training.caption_encoding import CaptionEncoder, draw_latent, stack_targets
-from objectcompose.training.loop import Draw
+from objectcompose.training.loop import Draw, check_loss_weights, draw_noise
 
 
 #: Middle and decoder; supervising the encoder hurts (table 2 of the paper).
@@ -48,12 +48,7 @@ class TokenComposeLossOptions:
     layers: str | Sequence[str] = SUPERVISED_LAYERS
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("token_weight", "pixel_weight", "ldm_weight")}
-        for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ObjectComposeError(f"`{name}` must be finite and at least 0, got {weight}.")
-        if not any(weights.values()):
-            raise ObjectComposeError("one of `ldm_weight`, `token_weight` and `pixel_weight` must be above 0.")
+        check_loss_weights(token_weight=self.token_weight, pixel_weight=self.pixel_weight, ldm_weight=self.ldm_weight)
 
 
 class TokenComposeLosses:
@@ -96,16 +91,11 @@ class TokenComposeLosses:
         coarse grid lost."""
         device = next(self.unet.parameters()).device
         samples = [self.encoder[draw.index] for draw in draws]
-        latents, noise, timesteps = [], [], []
-        for draw, sample in zip(draws, samples, strict=True):
-            shape = (sample.moments.shape[0] // 2, *sample.moments.shape[1:])
-            posterior, added = torch.randn(2, *shape, generator=draw.generator)
-            latents.append(draw_latent(sample.moments, posterior, self.scaling_factor))
-            noise.append(added)
-            steps = self.scheduler.config.num_train_timesteps
-            timesteps.append(torch.randint(0, steps, (), generator=draw.generator))
-        clean, added_noise = torch.stack(latents).to(device), torch.stack(noise).to(device)
-        steps_of_rows = torch.stack(timesteps).to(device)
+        moments = torch.stack([sample.moments for sample in samples]).to(device)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        all_steps = range(self.scheduler.config.num_train_timesteps)
+        posterior, added_noise, steps_of_rows = draw_noise(draws, shape, all_steps, device)
+        clean = draw_latent(moments, posterior, self.scaling_factor)
         noisy = self.scheduler.add_noise(clean, added_noise, steps_of_rows)
         text = torch.stack([sample.text for sample in samples]).to(device)
         targets = stack_targets(samples)

@@ -14,18 +14,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import DDPMScheduler
-
-from objectcompose.adapters.base_identity import identify_base
 from objectcompose.errors import LayoutError
-from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.training.caption_encoding import encode_caption
-from objectcompose.training.common import start_training
-from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
-from objectcompose.training.loop import add_loop_arguments, loop_options, run_loop
+from objectcompose.training.fine_tuning import add_fine_tuning_arguments, finish_fine_tuning, start_fine_tuning
+from objectcompose.training.loop import loop_options
 from objectcompose.training.separate_enhance_losses import SeparateEnhanceLosses, SeparateEnhanceOptions
-from objectcompose.training.train_token_compose import painter
-from objectcompose.training.trainable import select_trainable
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -33,7 +26,6 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--pretrained_model", default=None, help="folder or Hub id of the base; none: toybox")
     concepts = parser.add_mutually_exclusive_group(required=True)
     concepts.add_argument("--concepts", nargs="+", help="nouns")
     concepts.add_argument("--concepts_file", type=Path, help="one noun per line")
@@ -56,11 +48,9 @@ def create_parser() -> argparse.ArgumentParser:
     )
     losses.add_argument("--min_timestep", type=int, default=0, help="first timestep")
     losses.add_argument("--max_timestep", type=int, default=None, help="last timestep, exclusive; none: all")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time, same result")
-    parser.add_argument("--validation_prompts", nargs="*", default=[], help="painted while training")
-    add_loop_arguments(parser, max_train_steps=200, train_batch_size=4, learning_rate=5e-6, checkpointing_steps=100)
-    add_export_arguments(parser)
-    parser.set_defaults(train_modules="to_k")
+    add_fine_tuning_arguments(
+        parser, "to_k", max_train_steps=200, train_batch_size=4, learning_rate=5e-6, checkpointing_steps=100
+    )
     return parser
 
 
@@ -82,47 +72,35 @@ def read_concepts(args: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     args = create_parser().parse_args(argv)
-    options = loop_options(args)
+    loop_options(args)  # refuses bad numbers before anything is loaded
     loss_options = SeparateEnhanceOptions(
         **{name: getattr(args, name) for name in SeparateEnhanceOptions.__dataclass_fields__}
     )
     concepts = read_concepts(args)
-    accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
-    pipeline = load_checkpoint(args.pretrained_model, str(accelerator.device))
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder.requires_grad_(False).float()
+    run = start_fine_tuning(args)
+    tokenizer, text_encoder, unet = run.pipeline.tokenizer, run.pipeline.text_encoder, run.pipeline.unet
     side = unet.config.sample_size
     rows, columns = args.attention_grid or (side // 4, side // 4)
-    made_for = identify_base(unet, args.pretrained_model)
-    parameters = select_trainable(unet.train(), args.train_modules, args.lora_rank)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    before = values_before(parameters, args.train_modules, args.delta_rank)
     losses = SeparateEnhanceLosses(
         unet,
-        parameters,
-        DDPMScheduler.from_config(pipeline.scheduler.config),
-        pipeline.tokenizer,
-        lambda prompt: encode_caption(pipeline.tokenizer, text_encoder, prompt),
+        run.parameters,
+        run.scheduler,
+        tokenizer,
+        lambda prompt: encode_caption(tokenizer, text_encoder, prompt),
         concepts,
         (unet.config.in_channels, side, side),
         (rows, columns),
         loss_options,
-        accelerator.autocast,
+        run.accelerator.autocast,
     )
-    paint = painter(pipeline, args.validation_prompts, args.output_dir / "validation")
-    run_loop(accelerator, parameters, losses, len(concepts), options, paint)
-    if accelerator.is_main_process:
-        card = card_of_run(
-            args,
-            title="Separate-and-Enhance keys",
-            summary="Cross-attention keys that were fine-tuned with Separate-and-Enhance (arXiv 2312.06712).",
-            data=f"no pictures; prompts of {len(concepts)} concepts",
-            base_model=args.pretrained_model or "toybox-1",
-        )
-        folder = export_weights(
-            args.output_dir / "weights", unet, args.train_modules, before, made_for, card, args.delta_rank
-        )
-        print(f"weights after {options.max_train_steps} steps: {folder}")
+    finish_fine_tuning(
+        run,
+        losses,
+        len(concepts),
+        title="Separate-and-Enhance keys",
+        summary="Cross-attention keys that were fine-tuned with Separate-and-Enhance (arXiv 2312.06712).",
+        data=f"no pictures; prompts of {len(concepts)} concepts",
+    )
     return 0
 
 

@@ -927,6 +927,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
+def write_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """`write_atomically` for a picture, as PNG."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+
+
 # --- objectcompose.adapters.model_card
 
 SAMPLE_NAME = "sample.png"
@@ -1069,9 +1076,7 @@ def write_model_card(folder: "str | Path", card: "ModelCardFacts | str") -> "Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(card, str):
         if card.sample is not None:
-            png = io.BytesIO()
-            card.sample.save(png, format="PNG")
-            write_atomically(path.with_name(SAMPLE_NAME), png.getvalue())
+            write_png(path.with_name(SAMPLE_NAME), card.sample)
         card = model_card_text(card)
     write_atomically(path, card.encode())
     return path
@@ -1281,9 +1286,60 @@ def take_push_options(options: "dict[str, Any]", save_directory: "str | Path") -
     return {"repo_id": Path(save_directory).name, **taken}
 
 
+class FolderPushMixin:
+    """`push_to_hub` for what has a `save_pretrained` and a `default_card`."""
+
+    save_pretrained: "Any"
+    default_card: "Callable[[str], str]"
+
+    def push_to_hub(
+        self,
+        repo_id: "str",
+        commit_message: "str | None" = None,
+        private: "bool | None" = None,
+        token: "str | None" = None,
+        create_pr: "bool" = False,
+        subfolder: "str | None" = None,
+        model_card: "ModelCardFacts | str | None" = None,
+        **options: "Any",
+    ) -> "str":
+        """Upload to the Hub in one commit.
+
+        Args:
+            repo_id: "owner/name"; created where it does not exist.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: access token; None is the stored one.
+            create_pr: open a pull request instead.
+            subfolder: where in the repository; None is its root.
+            model_card: what the card says; None keeps the repository's card, or makes a short one.
+            options: arguments of `save_pretrained`, such as `variant`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
+            CheckpointError: as for `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                card=model_card,
+                default_card=self.default_card(repo_id),
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+
 # --- objectcompose.adapters.base
 
-class AdapterMixin:
+class AdapterMixin(FolderPushMixin):
     """Compatibility with a base model, and folders that are complete or do not load: the first base of every adapter.
 
     An adapter is a class `SomeAdapter(AdapterMixin, ModelMixin, ConfigMixin)` that registers the arguments
@@ -1367,50 +1423,11 @@ class AdapterMixin:
         if push_to_hub:
             self.push_to_hub(**push_options, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: "str",
-        commit_message: "str | None" = None,
-        private: "bool | None" = None,
-        token: "str | None" = None,
-        create_pr: "bool" = False,
-        subfolder: "str | None" = None,
-        model_card: "ModelCardFacts | str | None" = None,
-        **options: "Any",
-    ) -> "str":
-        """Upload to the Hub in one commit.
-
-        Args:
-            repo_id: "owner/name"; created where it does not exist.
-            commit_message: of the commit.
-            private: whether a new repository is private.
-            token: access token; None is the stored one.
-            create_pr: open a pull request instead.
-            subfolder: where in the repository; None is its root.
-            model_card: what the card says; None keeps the repository's card, or makes a short one.
-            options: arguments of `save_pretrained`, such as `variant`.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
-        """
+    def default_card(self, repo_id: "str") -> "str":
+        """Text of the card where none is given."""
         name = type(self).__name__
         usage = f'from {type(self).__module__} import {name}\n\nadapter = {name}.from_pretrained("{repo_id}")'
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)
-            return push_folder(
-                folder,
-                repo_id,
-                card=model_card,
-                default_card=plain_card_text(name, self.made_for.base_model, usage),
-                commit_message=commit_message or f"Upload {name}",
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                subfolder=subfolder,
-            )
+        return plain_card_text(name, self.made_for.base_model, usage)
 
 
 # --- objectcompose.adapters.layer_adapter

@@ -1848,6 +1848,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
+def write_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """`write_atomically` for a picture, as PNG."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+
+
 # --- objectcompose.layout_fields
 
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -2386,11 +2393,9 @@ def _save_picture(value: "Any", pictures: "Path") -> "str":
     """Write a picture or a mask; its path relative to the folder of the layout."""
     content = _picture_bytes(value)
     picture = Image.fromarray((value.numpy() * 255).astype(np.uint8)) if isinstance(value, torch.Tensor) else value
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
     pictures.mkdir(exist_ok=True)
     name = f"{hashlib.sha256(content).hexdigest()[:20]}.png"
-    write_atomically(pictures / name, encoded.getvalue())
+    write_png(pictures / name, picture)
     return f"{pictures.name}/{name}"
 
 
@@ -2901,9 +2906,7 @@ def write_model_card(folder: "str | Path", card: "ModelCardFacts | str") -> "Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(card, str):
         if card.sample is not None:
-            png = io.BytesIO()
-            card.sample.save(png, format="PNG")
-            write_atomically(path.with_name(SAMPLE_NAME), png.getvalue())
+            write_png(path.with_name(SAMPLE_NAME), card.sample)
         card = model_card_text(card)
     write_atomically(path, card.encode())
     return path
@@ -3113,6 +3116,57 @@ def take_push_options(options: "dict[str, Any]", save_directory: "str | Path") -
     return {"repo_id": Path(save_directory).name, **taken}
 
 
+class FolderPushMixin:
+    """`push_to_hub` for what has a `save_pretrained` and a `default_card`."""
+
+    save_pretrained: "Any"
+    default_card: "Callable[[str], str]"
+
+    def push_to_hub(
+        self,
+        repo_id: "str",
+        commit_message: "str | None" = None,
+        private: "bool | None" = None,
+        token: "str | None" = None,
+        create_pr: "bool" = False,
+        subfolder: "str | None" = None,
+        model_card: "ModelCardFacts | str | None" = None,
+        **options: "Any",
+    ) -> "str":
+        """Upload to the Hub in one commit.
+
+        Args:
+            repo_id: "owner/name"; created where it does not exist.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: access token; None is the stored one.
+            create_pr: open a pull request instead.
+            subfolder: where in the repository; None is its root.
+            model_card: what the card says; None keeps the repository's card, or makes a short one.
+            options: arguments of `save_pretrained`, such as `variant`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
+            CheckpointError: as for `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                card=model_card,
+                default_card=self.default_card(repo_id),
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+
 # --- objectcompose.pipelines.saving
 
 saving_logger = logging.get_logger(__name__)
@@ -3160,7 +3214,7 @@ def hub_code(owner: "type") -> "str | None":
     return files[0].read_text(encoding="utf-8") if files else None
 
 
-class HubSavingMixin:
+class HubSavingMixin(FolderPushMixin):
     """Saving, pushing and loading of a pipeline; the first base of every pipeline class."""
 
     name_or_path: "Any"
@@ -3222,55 +3276,15 @@ class HubSavingMixin:
         if push_to_hub:
             self.push_to_hub(**push_options, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: "str",
-        commit_message: "str | None" = None,
-        private: "bool | None" = None,
-        token: "str | None" = None,
-        create_pr: "bool" = False,
-        subfolder: "str | None" = None,
-        model_card: "ModelCardFacts | str | None" = None,
-        **options: "Any",
-    ) -> "str":
-        """Upload to the Hub in one commit.
-
-        Args:
-            repo_id: "owner/name"; created where it does not exist.
-            commit_message: of the commit.
-            private: whether a new repository is private.
-            token: access token; None is the stored one.
-            create_pr: open a pull request instead.
-            subfolder: where in the repository; None is its root.
-            model_card: what the card says; None keeps the repository's card, or makes a short one.
-            options: arguments of `save_pretrained`, such as `variant`.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            CheckpointFileError: the Hub refused or could not be reached; nothing has changed there then.
-            CheckpointError: as for `save_pretrained`.
-        """
+    def default_card(self, repo_id: "str") -> "str":
+        """Text of the card where none is given."""
         name = type(self).__name__
         usage = (
             "from diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)\n'
             f'# with the package objectcompose, without remote code: {name}.from_pretrained("{repo_id}")'
         )
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)
-            return push_folder(
-                folder,
-                repo_id,
-                card=model_card,
-                default_card=plain_card_text(name, hub_id(self.name_or_path), usage),
-                commit_message=commit_message or f"Upload {name}",
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                subfolder=subfolder,
-            )
+        return plain_card_text(name, hub_id(self.name_or_path), usage)
 
     def _bundle_code(self, folder: "Path") -> "None":
         """Put the code beside the weights and point `model_index.json` at it."""
