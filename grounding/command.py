@@ -47,6 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("phrases", nargs="*", metavar="PHRASE", help='such as "a dog"; none: all parts of the picture')
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--prompt", help="of the layout; must contain the phrases; default: lists them")
+    add_model_arguments(parser)
+    run = add_run_arguments(parser)
+    run.add_argument(
+        "--on-missing",
+        choices=("error", "skip"),
+        help="when a phrase has no hit; default: error for one picture, skip for a folder",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which detector and segmenter look; `load_models` reads these arguments."""
     models = parser.add_argument_group("models")
     models.add_argument("--backend", choices=sorted(DETECTORS), help="detector; default: clipseg, with phrases")
     models.add_argument(
@@ -63,12 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="NAME=VALUE",
             help=f"further option of its loader, such as {example}; may be repeated",
         )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Declare how the models run and where results are kept; returns the group, for a command's own."""
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--on-missing",
-        choices=("error", "skip"),
-        help="when a phrase has no hit; default: error for one picture, skip for a folder",
-    )
     run.add_argument("--device", help="such as cpu or cuda; default: the process's accelerator, if there is one")
     run.add_argument(
         "--dtype", choices=sorted(DTYPES), default="float32", help="of transformers' models (%(default)s)"
@@ -76,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--batch-size", type=int, default=8, help="pictures at once (%(default)s)")
     run.add_argument("--cache", type=Path, metavar="DIR", help="folder of earlier results; default: the user's cache")
     run.add_argument("--no-cache", action="store_true", help="neither read nor write earlier results")
+    return run
 
 
 def main(args: argparse.Namespace) -> int:
@@ -90,12 +101,10 @@ def main(args: argparse.Namespace) -> int:
     phrases = check_ground_phrases(args.phrases) if args.phrases else ()
     if args.prompt is not None:
         check_prompt_holds(args.prompt, phrases)
-    if args.batch_size < 1:
-        raise ObjectComposeError(f"`--batch-size` must be at least 1, got {args.batch_size}.")
-    _check_output_folder(args.out)
+    check_run_arguments(args)
     if not args.picture.is_dir():
         picture = check_ground_picture(str(args.picture), "picture")
-        grounder = _load_models(args, args.device)
+        grounder = load_models(args, args.device, bool(phrases))
         report = ground_to_folder(grounder, picture, phrases, args.out, args.prompt, args.on_missing or "error")
         print(f"{len(report['detections'])} found: {args.out}")
         return 0
@@ -103,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     if not pictures:
         raise ImageInputError(f"`picture` must hold files of type {', '.join(PICTURE_SUFFIXES)}, got {args.picture}.")
     state = PartialState(cpu=args.device == "cpu")
-    grounder = _load_models(args, args.device or str(state.device))
+    grounder = load_models(args, args.device or str(state.device), bool(phrases))
     return _ground_pictures(grounder, args, phrases, pictures, state)
 
 
@@ -202,16 +211,24 @@ def _ground_batch_to_folders(
     return [report for report in reports if report is not None]
 
 
-def _check_output_folder(out: Path) -> None:
-    """Raise ObjectComposeError when a folder cannot be made or written, without making it."""
+def check_run_arguments(args: argparse.Namespace) -> None:
+    """Raise ObjectComposeError for a batch size below 1, or an output folder that cannot be made (it is not made)."""
+    if args.batch_size < 1:
+        raise ObjectComposeError(f"`--batch-size` must be at least 1, got {args.batch_size}.")
+    out: Path = args.out
     nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ObjectComposeError(f"`--out` must be a folder that can be written, got {str(out)!r}.")
 
 
-def _load_models(args: argparse.Namespace, device: str | None) -> Grounder:
+def load_models(args: argparse.Namespace, device: str | None, with_phrases: bool) -> Grounder:
+    """The models that the arguments name; with phrases, and without `--backend`, toybox's CLIPSeg.
+
+    Raises:
+        ObjectComposeError: see `load_grounder`; or an option is not of the form NAME=VALUE.
+    """
     backend, model = args.backend, args.model
-    if backend is None and (args.phrases or model is not None):
+    if backend is None and (with_phrases or model is not None):
         backend = "clipseg"
         model = model or str(toybox_path("clipseg"))
     options = _parsed_options(args.option, "--option")

@@ -29,6 +29,7 @@ DETECTORS = {
     "grounding-dino": "objectcompose.grounding.grounding_dino:load_grounding_dino",
     "groundingdino-py": "objectcompose.grounding.original_grounding_dino:load_original_grounding_dino",
     "owlv2": "objectcompose.grounding.owlv2:load_owlv2",
+    "owlvit": "objectcompose.grounding.owlv2:load_owlvit",
     "toybox": "objectcompose.grounding.toybox_truth:load_toybox_truth",
 }
 SEGMENTERS = {
@@ -37,6 +38,9 @@ SEGMENTERS = {
     "sam-hq": "objectcompose.grounding.sam:load_sam_hq",
     "segment-anything": "objectcompose.grounding.original_sam:load_original_sam",
 }
+
+#: Detectors that make masks themselves; the others need a segmenter where masks are wanted.
+MASK_DETECTORS = frozenset({"clipseg", "toybox"})
 
 ImageLike = Image.Image | str | Path
 

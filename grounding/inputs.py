@@ -40,6 +40,11 @@ def check_ground_picture(image: Any, name: str = "image") -> Image.Image:
         raise ImageInputError(
             f"`{name}` must have sides in a proportion of at most {MAX_PICTURE_RATIO}, got {width} x {height}."
         )
+    return opaque_picture(picture)
+
+
+def opaque_picture(picture: Image.Image) -> Image.Image:
+    """An RGB picture as it is, an RGBA one on `PICTURE_BACKGROUND`."""
     if picture.mode != "RGBA":
         return picture
     background = Image.new("RGBA", picture.size, (*PICTURE_BACKGROUND, 255))

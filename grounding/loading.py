@@ -63,6 +63,7 @@ PUBLISHED_CHECKPOINTS = {
             ("IDEA-Research/grounding-dino-base", 933),
             ("google/owlv2-base-patch16-ensemble", 620),
             ("google/owlv2-large-patch14-ensemble", 1750),
+            ("google/owlvit-base-patch32", 613),
             ("facebook/sam-vit-base", 375),
             ("facebook/sam-vit-large", 1250),
             ("facebook/sam-vit-huge", 2564),
@@ -72,6 +73,7 @@ PUBLISHED_CHECKPOINTS = {
             ("syscv-community/sam-hq-vit-huge", 2570),
             ("CIDAS/clipseg-rd64-refined", 603),
             ("google-bert/bert-base-uncased", 440),
+            ("openai/clip-vit-large-patch14-336", 1711),
         )
     },
     "groundingdino_swint_ogc.pth": PublishedCheckpoint(

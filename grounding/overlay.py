@@ -17,13 +17,16 @@ OVERLAY_COLOURS = (
 _MIN_OVERLAY_SIDE = 512
 
 
-def overlay_detections(picture: Image.Image, found: Sequence[Detection], opacity: float = 0.45) -> Image.Image:
+def overlay_detections(
+    picture: Image.Image, found: Sequence[Detection], opacity: float = 0.45, with_scores: bool = True
+) -> Image.Image:
     """A picture with its detections drawn on it, one colour per phrase (without phrases: one per detection).
 
     Args:
         picture: RGB.
         found: its detections.
         opacity: of the masks, in [0, 1].
+        with_scores: write each score behind its phrase.
 
     Returns:
         A new RGB picture; a small one is enlarged by a whole factor until its longer side has 512 pixels or so, or the
@@ -41,11 +44,11 @@ def overlay_detections(picture: Image.Image, found: Sequence[Detection], opacity
     factor = max(1, _MIN_OVERLAY_SIDE // max(drawn.size))
     drawn = drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.NEAREST)
     for one, colour in zip(found, colours, strict=True):
-        _draw_detection(drawn, one, colour)
+        _draw_detection(drawn, one, colour, with_scores)
     return drawn
 
 
-def _draw_detection(drawn: Image.Image, one: Detection, colour: tuple[int, int, int]) -> None:
+def _draw_detection(drawn: Image.Image, one: Detection, colour: tuple[int, int, int], with_score: bool) -> None:
     width, height = drawn.size
     draw, line = ImageDraw.Draw(drawn), max(2, min(width, height) // 200)
     x0, y0, x1, y1 = (round(part * (side - 1)) for part, side in zip(one.box, (width, height) * 2, strict=True))
@@ -53,7 +56,7 @@ def _draw_detection(drawn: Image.Image, one: Detection, colour: tuple[int, int, 
     if one.phrase is None:
         return
     font = ImageFont.load_default(max(12, min(width, height) // 30))
-    words = f"{one.phrase} {one.score:.2f}"
+    words = f"{one.phrase} {one.score:.2f}" if with_score else one.phrase
     left, top, right, bottom = draw.textbbox((0, 0), words, font=font)
     x, y = min(x0, max(0, width - (right - left) - 4)), max(0, y0 - (bottom - top) - 6)
     draw.rectangle((x, y, x + right - left + 4, y + bottom - top + 6), fill=colour)

@@ -1,4 +1,4 @@
-"""OWLv2 (Minderer et al., 2023, arXiv:2306.09683) through transformers: boxes.
+"""OWLv2 (Minderer et al., 2023, arXiv:2306.09683) and OWL-ViT (2022, arXiv:2205.06230) through transformers: boxes.
 
 The phrases of a picture compete: a box belongs to the phrase that fits it best. So give them in one call, as the
 protocols of MULTIGEN and VISOR do.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Owlv2ForObjectDetection, Owlv2Processor
+from transformers import Owlv2ForObjectDetection, Owlv2Processor, OwlViTForObjectDetection, OwlViTProcessor
 
 from objectcompose.grounding.detection import Detection, box_within_picture
 from objectcompose.grounding.inputs import check_threshold, check_token_counts
@@ -21,6 +21,7 @@ from objectcompose.grounding.loading import fingerprint, load_pretrained
 
 
 DEFAULT_OWLV2 = "google/owlv2-base-patch16-ensemble"
+DEFAULT_OWLVIT = "google/owlvit-base-patch32"
 OWLV2_THRESHOLD = 0.1
 
 
@@ -76,9 +77,15 @@ class Owlv2Detector:
     def _detections(self, result: dict[str, Any], picture: Image.Image, phrases: Sequence[str]) -> list[Detection]:
         scale = torch.tensor([picture.width, picture.height] * 2)
         rows = zip(result["boxes"].cpu() / scale, result["labels"].tolist(), result["scores"].tolist(), strict=True)
-        # the model pads the picture to a square, and boxes may lie in the padding
+        # OWLv2 pads the picture to a square, and boxes may lie in the padding
         boxed = [(box_within_picture(corners.tolist()), label, score) for corners, label, score in rows]
         return [Detection(phrases[label], box, None, score) for box, label, score in boxed if box is not None]
+
+
+class OwlViTDetector(Owlv2Detector):
+    """Boxes from transformers' OWL-ViT, the first generation, which squeezes pictures into a square."""
+
+    name = "owlvit"
 
 
 def load_owlv2(
@@ -92,3 +99,17 @@ def load_owlv2(
     check_threshold(threshold, "threshold")
     model, processor = load_pretrained(Owlv2ForObjectDetection, Owlv2Processor, source or DEFAULT_OWLV2, device, dtype)
     return Owlv2Detector(model, processor, threshold)
+
+
+def load_owlvit(
+    source: str | Path | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    threshold: float = OWLV2_THRESHOLD,
+) -> OwlViTDetector:
+    """`OwlViTDetector` from a folder or Hub id; by default "google/owlvit-base-patch32"."""
+    check_threshold(threshold, "threshold")
+    source = source or DEFAULT_OWLVIT
+    model, processor = load_pretrained(OwlViTForObjectDetection, OwlViTProcessor, source, device, dtype)
+    return OwlViTDetector(model, processor, threshold)

@@ -22,6 +22,7 @@ from objectcompose.attention_processors.regions import grids_of
 from objectcompose.errors import ObjectComposeError, PhraseNotFoundError, PromptTooLongError
 from objectcompose.files import write_atomically
 from objectcompose.pipelines.token_utils import find_phrases
+from objectcompose.training.caption_nouns import findable_phrases
 from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample
 
 
@@ -186,13 +187,7 @@ class CaptionEncoder:
         except PhraseNotFoundError:
             if self.on_missing == "error":
                 raise
-        kept: list[int] = []
-        for number in range(len(sample.phrases)):
-            try:
-                find_phrases(self.tokenizer, sample.caption, [sample.phrases[one] for one in (*kept, number)])
-                kept.append(number)
-            except PhraseNotFoundError:
-                continue
+        kept = findable_phrases(self.tokenizer, sample.caption, sample.phrases)
         places = find_phrases(self.tokenizer, sample.caption, [sample.phrases[one] for one in kept])
         return kept, tuple(tuple(place) for place in places)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from objectcompose.errors import ImageInputError, LayoutError, RegionError
 from objectcompose.files import write_atomically, write_png
+from objectcompose.grounding.inputs import opaque_picture
 from objectcompose.layout_fields import check_picture
 from objectcompose.toybox.categories import Preset
 from objectcompose.training.toybox_data import scene_pool
@@ -30,6 +32,8 @@ from objectcompose.training.toybox_data import scene_pool
 IMAGE_FOLDER = Path("coco_gsam_img") / "train"
 MASK_FOLDER = Path("coco_gsam_seg")
 METADATA = "metadata.jsonl"
+#: Of a noun in a file's name, which file systems limit to 255 bytes.
+_NOUN_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _find_mask(folder: Path, path: str, where: str) -> Path:
 def write_records(
     root: str | Path, samples: Iterable[tuple[str, Path, str, Sequence[tuple[str, torch.Tensor | None]]]]
 ) -> Path:
-    """Write pictures, masks and metadata; the metadata comes last, so a folder without it is unfinished.
+    """Write a whole data set: `write_record` for each sample, then `write_metadata`.
 
     Args:
         root: the data set's folder.
@@ -147,44 +151,96 @@ def write_records(
         The path of the metadata.
 
     Raises:
-        RegionError: a mask has another size than its picture.
-        ImageInputError: a picture cannot be read.
+        RegionError, ImageInputError: as `write_record`.
     """
-    root, lines = Path(root), []
+    return write_metadata(root, [write_record(root, *sample) for sample in samples])
+
+
+def write_record(
+    root: str | Path,
+    identifier: str,
+    picture: Path,
+    caption: str,
+    nouns: Sequence[tuple[str, torch.Tensor | None]],
+) -> dict[str, Any]:
+    """Write one picture and its masks; masks of an earlier record of that id are removed.
+
+    An opaque picture is copied byte for byte, a transparent one becomes a PNG on white, as grounding sees it.
+
+    Args:
+        root: the data set's folder; made when missing.
+        identifier: names the files; no other picture of the data set has it.
+        picture: the file.
+        caption: in its own case.
+        nouns: each with its mask (H, W), 1 where the noun is seen, or None where nothing was found.
+
+    Returns:
+        The metadata's line of this picture, for `write_metadata`.
+
+    Raises:
+        RegionError: a mask has another size than its picture.
+        ImageInputError: the picture cannot be read.
+    """
+    root = Path(root)
+    shown = check_picture(picture, str(picture))
+    width, height = shown.size
+    for noun, mask in nouns:
+        if mask is not None and tuple(mask.shape) != (height, width):
+            raise RegionError(
+                f"the mask of {noun!r} must have the shape of {picture.name}, {(height, width)},"
+                f" got {tuple(mask.shape)}."
+            )
     (root / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
-    for identifier, picture, caption, nouns in samples:
-        size = _open_picture(picture).size
-        target = root / IMAGE_FOLDER / f"{identifier}{picture.suffix}"
+    if shown.mode == "RGBA":
+        target = root / IMAGE_FOLDER / f"{identifier}.png"
+        write_png(target, opaque_picture(shown))
+    else:
+        target = root / IMAGE_FOLDER / f"{identifier}{picture.suffix.lower()}"
         write_atomically(target, picture.read_bytes())
-        taken: set[str] = set()
-        entries: list[list[str | None]] = []
-        for noun, mask in nouns:
-            path = None
-            if mask is not None:
-                if tuple(mask.shape) != (size[1], size[0]):
-                    raise RegionError(
-                        f"the mask of {noun!r} must have the shape of {picture.name}, {(size[1], size[0])},"
-                        f" got {tuple(mask.shape)}."
-                    )
-                path = _write_mask(root, identifier, noun, mask, taken)
-            entries.append([noun, path])
-        lines.append(json.dumps({"file_name": target.name, "text": caption, "attn_list": entries}))
-    metadata = root / IMAGE_FOLDER / METADATA
-    write_atomically(metadata, "".join(f"{line}\n" for line in lines).encode())
-    return metadata
+    names = _mask_names(identifier, [noun for noun, mask in nouns if mask is not None])
+    for stale in (root / MASK_FOLDER / identifier).glob("*"):
+        if stale.name not in names:
+            stale.unlink()
+    waiting = iter(names)
+    entries = [
+        [noun, None if mask is None else _write_mask(root, identifier, next(waiting), mask)] for noun, mask in nouns
+    ]
+    return {"file_name": target.name, "text": caption, "attn_list": entries}
 
 
-def _write_mask(root: Path, identifier: str, noun: str, mask: torch.Tensor, taken: set[str]) -> str:
-    """8-bit grey, 0 and 255: a mask that is true everywhere stays white. Two nouns never share a file."""
-    stem = "mask_{}_{}".format(identifier, noun.replace("/", "_").replace(" ", "_"))
-    name, number = stem, 2
-    while name.lower() in taken:  # some file systems ignore case
-        name, number = f"{stem}_{number}", number + 1
-    taken.add(name.lower())
+def write_metadata(root: str | Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    """Write the metadata, in the order of the lines that `write_record` gave; a folder without it is unfinished.
+
+    Returns:
+        Its path.
+    """
+    path = Path(root) / IMAGE_FOLDER / METADATA
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    return path
+
+
+def _mask_names(identifier: str, nouns: Sequence[str]) -> list[str]:
+    """One file name per noun, no two the same, also where case plays no part and for "a/b" beside "a_b"."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for noun in nouns:
+        words = re.sub(r'[\s/\\:*?"<>|]', "_", noun).encode()[:_NOUN_BYTES].decode(errors="ignore")
+        stem, number = f"mask_{identifier}_{words}", 2
+        name = stem
+        while name.casefold() in taken:  # some file systems ignore case
+            name, number = f"{stem}_{number}", number + 1
+        taken.add(name.casefold())
+        names.append(f"{name}.png")
+    return names
+
+
+def _write_mask(root: Path, identifier: str, name: str, mask: torch.Tensor) -> str:
+    """8-bit grey, 0 and 255: a mask that is true everywhere stays white."""
     folder = root / MASK_FOLDER / identifier
     folder.mkdir(parents=True, exist_ok=True)
-    write_png(folder / f"{name}.png", Image.fromarray((mask > 0).mul(255).byte().cpu().numpy()))
-    return f"seg/{identifier}/{name}.png"
+    write_png(folder / name, Image.fromarray((mask > 0).mul(255).byte().cpu().numpy()))
+    return f"seg/{identifier}/{name}"
 
 
 class GroundedCaptions:

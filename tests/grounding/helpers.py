@@ -22,6 +22,10 @@ from transformers import (
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    OwlViTImageProcessor,
+    OwlViTProcessor,
     Sam2Config,
     Sam2ImageProcessor,
     Sam2Model,
@@ -126,6 +130,18 @@ def owlv2() -> tuple[Owlv2ForObjectDetection, Owlv2Processor]:
     with torch.no_grad():
         model.box_head.dense2.weight.mul_(0.03)  # else the random boxes are slivers at the border
     return model, Owlv2Processor(pictures, tiny_tokenizer())
+
+
+def owlvit() -> tuple[OwlViTForObjectDetection, OwlViTProcessor]:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = OwlViTConfig(
+        text_config=_text_config(16), vision_config={**vision, "image_size": 48, "patch_size": 12}, projection_dim=16
+    )
+    model = OwlViTForObjectDetection(config).eval()
+    with torch.no_grad():
+        model.box_head.dense2.weight.mul_(0.03)  # else the random boxes are slivers at the border
+    return model, OwlViTProcessor(OwlViTImageProcessor(size={"height": 48, "width": 48}), tiny_tokenizer())
 
 
 def clipseg() -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:

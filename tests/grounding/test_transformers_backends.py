@@ -13,7 +13,7 @@ from objectcompose.grounding.clipseg import ClipSegDetector
 from objectcompose.grounding.detection import box_within_picture
 from objectcompose.grounding.grounder import Grounder, load_grounder
 from objectcompose.grounding.grounding_dino import GroundingDinoDetector, boxes_of_phrases, phrase_tokens
-from objectcompose.grounding.owlv2 import Owlv2Detector
+from objectcompose.grounding.owlv2 import Owlv2Detector, OwlViTDetector
 from objectcompose.grounding.sam import SamSegmenter
 from tests.grounding import helpers
 
@@ -21,6 +21,7 @@ from tests.grounding import helpers
 DETECTORS = {
     "grounding-dino": (GroundingDinoDetector, helpers.grounding_dino, {"threshold": 0.3, "text_threshold": 0.3}),
     "owlv2": (Owlv2Detector, helpers.owlv2, {"threshold": 0.0}),
+    "owlvit": (OwlViTDetector, helpers.owlvit, {"threshold": 0.0}),
     "clipseg": (ClipSegDetector, helpers.clipseg, {"threshold": 0.45}),
 }
 SEGMENTERS = {"sam": helpers.sam, "sam2": helpers.sam2, "sam-hq": helpers.sam_hq}
