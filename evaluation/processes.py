@@ -1,0 +1,35 @@
+"""Work shared by processes: each takes every n-th group of a list that all of them know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+
+from objectcompose.errors import ObjectComposeError
+
+
+Item = TypeVar("Item")
+
+
+def process_state(device: str | None = None) -> PartialState:
+    """The processes that a launcher started, or this one alone.
+
+    Args:
+        device: what was asked for; "cpu" keeps off the accelerator.
+    """
+    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+
+
+def groups_of_process(items: Sequence[Item], size: int, state: PartialState) -> Iterator[list[Item]]:
+    """This process's groups: consecutive items, `size` of them, cut in the same places for any number of processes.
+
+    Raises:
+        ObjectComposeError: `size` is below 1.
+    """
+    if size < 1:
+        raise ObjectComposeError(f"`batch_size` must be at least 1, got {size}.")
+    for start in range(state.process_index * size, len(items), state.num_processes * size):
+        yield list(items[start : start + size])
