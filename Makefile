@@ -8,7 +8,7 @@ SCRATCH := build/scratch
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-slow test-gpu quality style types build-check hub-files hub-files-check bench \
-	verify-results toybox clean
+	verify-results reproduce-tokencompose toybox clean
 
 $(STAMP): pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -74,6 +74,10 @@ bench: $(STAMP)
 		case $$name in measure|__init__) continue;; esac; \
 		echo "benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
 	done
+
+# PRESET=smoke takes minutes, cpu hours, gpu minutes on a GPU; run it again to go on.
+reproduce-tokencompose: $(STAMP)
+	$(PY) -m benchmarks.recipes.tokencompose --preset $(PRESET) $(ARGS)
 
 verify-results: $(STAMP)
 	$(PY) -m objectcompose.evaluation.verify

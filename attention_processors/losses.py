@@ -94,24 +94,39 @@ def token_loss(
 
 @_without_autocast
 def pixel_loss(
-    maps: Mapping[str, torch.Tensor], masks: Any, owners: torch.Tensor, present: torch.Tensor | None = None
+    maps: Mapping[str, torch.Tensor],
+    masks: Any,
+    owners: torch.Tensor,
+    present: torch.Tensor | None = None,
+    pixel_sum: Literal["resolutions", "layers"] = "resolutions",
 ) -> torch.Tensor:
     """Binary cross-entropy between the objects' maps and their masks (TokenCompose, L_pixel).
 
-    Maps are averaged over heads and over the layers of one resolution, an object's tokens are summed; mean over
-    pixels and objects, summed over resolutions, mean over the batch. Arguments as for `token_loss`; returns a scalar
-    from 0.
+    Maps are averaged over heads, an object's tokens are summed; mean over pixels and objects, mean over the batch.
+
+    Args:
+        maps, masks, owners, present: as for `token_loss`.
+        pixel_sum: "resolutions" averages the layers of each resolution first and sums over resolutions (the authors'
+            code), "layers" sums over layers (the paper's equation 7).
+
+    Returns:
+        Scalar from 0.
+
+    Raises:
+        ObjectComposeError: no maps, or an unknown `pixel_sum`.
     """
-    by_resolution: dict[int, list[torch.Tensor]] = {}
-    for layer_maps in maps.values():
+    if pixel_sum not in ("resolutions", "layers"):
+        raise ObjectComposeError(f'`pixel_sum` must be "resolutions" or "layers", got {pixel_sum!r}.')
+    groups: dict[int | str, list[torch.Tensor]] = {}
+    for layer, layer_maps in maps.items():
         columns = layer_maps.float()
         columns = columns.mean(1) if columns.ndim == 4 else columns  # (B, HW, T)
-        by_resolution.setdefault(columns.shape[1], []).append(columns)
+        groups.setdefault(columns.shape[1] if pixel_sum == "resolutions" else layer, []).append(columns)
     total = _zero_like_maps(maps)
-    for num_tokens, layers in by_resolution.items():
+    for layers in groups.values():
         columns = torch.stack(layers).mean(0)
         owner, weight = _owners_and_weights(owners, present, columns)
-        mask = _object_masks(masks, num_tokens, owner.shape[0], owner.shape[2], owner.device)
+        mask = _object_masks(masks, columns.shape[1], owner.shape[0], owner.shape[2], owner.device)
         # Sums of probabilities exceed 1 by rounding, which the cross-entropy refuses.
         object_map = torch.einsum("bqt,btn->bnq", columns, owner).clamp(0, 1)
         per_object = F.binary_cross_entropy(object_map, mask.expand_as(object_map), reduction="none").mean(-1)
@@ -261,13 +276,15 @@ def box_masses(mass: torch.Tensor, regions: Any) -> tuple[torch.Tensor, torch.Te
     return inside, outside
 
 
-def box_reward_loss(inside: torch.Tensor, outside: torch.Tensor, background_factor: float = 1.0) -> torch.Tensor:
+def box_reward_loss(
+    inside: torch.Tensor, outside: torch.Tensor, background_factor: float | torch.Tensor = 1.0
+) -> torch.Tensor:
     """In-box reward `(1 - F / (F + background_factor * G))^2` (MIFO, equations 6 to 9).
 
     Args:
         inside: F, attention mass in the box, `(B, S)`, from 0; first average over layers.
         outside: G, mass in the background, same shape.
-        background_factor: 1, or the number of subjects for Bounded Attention's form.
+        background_factor: 1, or the number of subjects, also `(B, 1)`, for Bounded Attention's form.
 
     Returns:
         float32 `(B, S)` in [0, 1]; 1 with zero gradient where there is no mass at all.

@@ -7,6 +7,7 @@ pairwise ratios. A ratio whose interquartile range exceeds 5 % of it is reported
 import argparse
 import gc
 import json
+import os
 import re
 import resource
 import statistics
@@ -142,7 +143,9 @@ def peak_memory(prepare: str, **arguments: Any) -> PeakMemory:
     """
     command = [sys.executable, "-m", "benchmarks.measure", "--prepare", prepare, "--arguments", json.dumps(arguments)]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    # glibc gives every larger block back at once then, so that the resident size is what is really held
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise RuntimeError(f"measuring {prepare} failed:\n{done.stderr[-2000:]}")
     return PeakMemory(**json.loads(done.stdout.splitlines()[-1]))

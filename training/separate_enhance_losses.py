@@ -170,15 +170,24 @@ class SeparateEnhanceLosses:
             raise LayoutError(
                 f"`concepts` must be at least {options.objects} different nouns, got {', '.join(concepts) or 'none'}."
             )
-        for concept in concepts:  # before any step
-            find_phrases(tokenizer, f"a photo of {with_article(concept)}", [concept])
         self.unet, self.trained, self.scheduler, self.tokenizer = unet, dict(trained), scheduler, tokenizer
         self.concepts, self.latent_shape, self.grid = list(concepts), latent_shape, attention_grid
+        self.supervised_tokens()  # raises before any step
         self.options, self.autocast = options, autocast
         self._encode, self._states = encode_prompt, dict[str, torch.Tensor]()
         self._frozen = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         text_length = self._text("a photo").shape[0]
         self.layers = layers_of_grid(unet, latent_shape, text_length, attention_grid[0] * attention_grid[1])
+
+    def supervised_tokens(self) -> dict[str, list[str]]:
+        """The tokens of each concept in a prompt, as the text encoder reads them."""
+        found = {}
+        for concept in self.concepts:
+            prompt = ConceptPrompt("", (concept,)).single
+            ids = self.tokenizer(prompt).input_ids
+            places = find_phrases(self.tokenizer, prompt, [concept])[0]
+            found[concept] = self.tokenizer.convert_ids_to_tokens([ids[place] for place in places])
+        return found
 
     @contextmanager
     def __call__(self, draws: Sequence[Draw]) -> Iterator[dict[str, torch.Tensor]]:

@@ -35,6 +35,7 @@ class TokenComposeLossOptions:
         pixel_weight: gamma, of `pixel_loss`, summed over resolutions; 0 leaves it out.
         ldm_weight: of the denoising loss.
         head_mode: see `token_loss`; "ratio_mean" is the authors' code, "map_mean" the paper's formula.
+        pixel_sum: see `pixel_loss`; "resolutions" is the authors' code, "layers" the paper's formula.
         layers: the supervised cross-attention layers, a regex or a list of names.
 
     Raises:
@@ -45,6 +46,7 @@ class TokenComposeLossOptions:
     pixel_weight: float = 5e-5
     ldm_weight: float = 1.0
     head_mode: Literal["ratio_mean", "map_mean"] = "ratio_mean"
+    pixel_sum: Literal["resolutions", "layers"] = "resolutions"
     layers: str | Sequence[str] = SUPERVISED_LAYERS
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ class TokenComposeLosses:
             if is_grounded:
                 maps, owners = probes[0].maps, targets.owners.to(device)
                 losses["token"] = token_loss(maps, targets.masks, owners, head_mode=self.options.head_mode)
-                losses["pixel"] = pixel_loss(maps, targets.masks, owners)
+                losses["pixel"] = pixel_loss(maps, targets.masks, owners, pixel_sum=self.options.pixel_sum)
                 total = total + self.options.token_weight * losses["token"]
                 total = total + self.options.pixel_weight * losses["pixel"]
             yield {"loss": total, **losses, "empty_masks": _empty_share(targets.masks, targets.owners).to(device)}

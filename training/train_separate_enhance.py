@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         loss_options,
         run.accelerator.autocast,
     )
+    if run.accelerator.is_main_process:
+        for concept, tokens in losses.supervised_tokens().items():
+            print(f"supervised: {concept!r} as {' '.join(tokens)}")
     finish_fine_tuning(
         run,
         losses,

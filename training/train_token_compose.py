@@ -44,6 +44,7 @@ def create_parser() -> argparse.ArgumentParser:
     losses.add_argument("--token_weight", type=float, default=1e-3, help="lambda, of the token loss")
     losses.add_argument("--pixel_weight", type=float, default=5e-5, help="gamma, of the pixel loss")
     losses.add_argument("--head_mode", choices=("ratio_mean", "map_mean"), default="ratio_mean", help="see token_loss")
+    losses.add_argument("--pixel_sum", choices=("resolutions", "layers"), default="resolutions", help="see pixel_loss")
     losses.add_argument("--layers", default=SUPERVISED_LAYERS, help="supervised layers, a regex")
     add_fine_tuning_arguments(
         parser,
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
     loop_options(args)  # refuses bad numbers before anything is loaded
     loss_options = TokenComposeLossOptions(
-        args.token_weight, args.pixel_weight, args.ldm_weight, args.head_mode, args.layers
+        **{name: getattr(args, name) for name in TokenComposeLossOptions.__dataclass_fields__}
     )
     run = start_fine_tuning(args)
     pipeline, unet = run.pipeline, run.pipeline.unet

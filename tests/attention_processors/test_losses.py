@@ -115,6 +115,14 @@ class TestPixelLoss:
         expected = -(math.log(0.4) + math.log(0.6)) / 2 - math.log(0.5)
         torch.testing.assert_close(pixel_loss(maps, {16: left_half(), 4: TOP}, both), torch.tensor(expected))
 
+    def test_sum_over_layers(self):
+        """The paper's form: every layer by itself, masses 0.2 and 0.4."""
+        maps = {"a": torch.full((1, 3, 16, 1), 0.2), "b": torch.full((1, 16, 1), 0.4)}
+        expected = -sum(math.log(mass) + math.log(1 - mass) for mass in (0.2, 0.4)) / 2
+        torch.testing.assert_close(pixel_loss(maps, left_half(), ONE, pixel_sum="layers"), torch.tensor(expected))
+        with pytest.raises(ObjectComposeError, match="pixel_sum"):
+            pixel_loss(maps, left_half(), ONE, pixel_sum="all")
+
     def test_sums_above_one_by_rounding_are_taken(self):
         maps = {"a": torch.full((1, 1, 4, 1), 1.0000002)}
         assert pixel_loss(maps, torch.ones(1, 2, 2), ONE) == 0

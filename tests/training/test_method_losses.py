@@ -99,6 +99,21 @@ def test_gradient_checkpointing_changes_nothing():
     assert_same_step(loss_and_gradients(losses, unet, [draws(0, 3)]), plain, rtol=0, atol=0)
 
 
+def test_losses_stay_in_float32_under_bf16():
+    """Autocast runs the UNet in bf16; maps and losses are float32, and close to those of a float32 run."""
+    unet = tiny_unet().train()
+    plain, _ = loss_and_gradients(token_compose(unet, token_weight=1.0, pixel_weight=1.0), unet, [draws(0, 3)])
+    losses = token_compose(unet, token_weight=1.0, pixel_weight=1.0)
+    losses.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    with losses(draws(0, 3)) as found:
+        assert {value.dtype for value in found.values()} == {torch.float32}
+        found["loss"].backward()
+    rounded = {name: float(value.detach()) for name, value in found.items()}
+    assert rounded["ldm"] != plain["ldm"]  # it did run in bf16
+    assert rounded == pytest.approx(plain, rel=0.05)
+    assert all(one.grad.dtype == torch.float32 for one in unet.parameters() if one.grad is not None)
+
+
 def test_grounding_alone_reaches_the_keys():
     """No silent zero: without the denoising loss the gradient comes through the maps alone."""
     unet = tiny_unet().train()
@@ -225,6 +240,14 @@ def test_prompts_are_drawn_from_the_generator_alone():
     assert all(one.concepts[0] == "apple" and len(set(one.concepts)) == 3 for one in drawn)
     assert {" with " in one.text for one in drawn} == {True, False} and len({one.concepts for one in drawn}) > 3
     assert drawn[0].single == "a photo of an apple"
+
+
+def test_supervised_tokens_are_the_concepts_pieces():
+    losses = separate_enhance(tiny_unet(), concepts=("dog", "carton"))
+    pieces = losses.supervised_tokens()
+    assert list(pieces) == ["dog", "carton"]
+    for concept, tokens in pieces.items():
+        assert "".join(tokens).replace("</w>", "") == concept
 
 
 def test_bad_concepts_and_grids():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -107,7 +108,9 @@ def test_killed_and_resumed_equals_unbroken(base, data, tmp_path):
     for out in ("unbroken", "killed"):
         command = [*script, *token_compose(base, data, tmp_path / out, *more)]
         if out == "killed":
-            run_until_step(command, tmp_path / out, 7, environment)
+            step = random.randrange(1, 30)
+            print(f"killed at step {step}")
+            run_until_step(command, tmp_path / out, step, environment)
             assert Checkpointer(tmp_path / out / "checkpoints").steps()[-1] < 40
         subprocess.run(command, check=True, env=environment, capture_output=True)
     first, second = (Checkpointer(tmp_path / out / "checkpoints").latest() for out in ("unbroken", "killed"))

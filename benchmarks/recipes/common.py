@@ -1,0 +1,163 @@
+"""What the recipes share: arms that are trained once, tuned on the dev split by equal budgets, and compared in pairs.
+
+A recipe keeps everything under one folder, `<out>/<arm>/`, and every part of it knows when it is done: a run that was
+broken off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.evaluation.models import load_unet
+from objectcompose.evaluation.statistics import interval_metrics, paired_difference
+from objectcompose.files import write_atomically
+from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.training.export import DELTA_NAME
+
+
+Row = dict[str, Any]
+Options = Mapping[str, str | int | float | Sequence[str]]
+PRESET_NAMES = ("smoke", "cpu", "gpu")
+#: Steps and guidance with which the toybox is sampled everywhere.
+STEPS, GUIDANCE = 20, 5.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison that is trained.
+
+    Attributes:
+        name: of the arm.
+        train: `main` of a training script.
+        options: of that script, all but steps, output and those of the candidates.
+        candidates: what the dev split chooses from; as many for every arm of a recipe.
+    """
+
+    name: str
+    train: Callable[[Sequence[str]], int]
+    options: Options
+    candidates: tuple[Options, ...]
+
+
+def recipe_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """Parser with the options that every recipe has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="smoke", help="how large it is (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help=f"folder of all that it makes; default: outputs/reproduce/{name}-PRESET"
+    )
+    parser.add_argument("--arms", nargs="+", default=None, metavar="ARM", help="only these; default: the preset's")
+    parser.add_argument("--record", action="store_true", help="write the result file too, not only the report")
+    return parser
+
+
+def command_line(options: Options) -> list[str]:
+    """Options as arguments of a script; a list stands behind its option."""
+    arguments = []
+    for name, value in options.items():
+        values = [value] if isinstance(value, str | int | float) else value
+        arguments += [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def train_once(arm: Arm, options: Options, steps: int, out: Path) -> Path:
+    """Train an arm, or go on with a run that was broken off, or do nothing when it is done.
+
+    Args:
+        arm: the arm.
+        options: in addition to the arm's own, such as the chosen candidate.
+        steps: optimizer steps.
+        out: folder of the run.
+
+    Returns:
+        Folder of the weights.
+    """
+    weights = out / "weights"
+    if not weights.is_dir():
+        print(f"== {arm.name}: {steps} steps, {dict(options)}")
+        given = {**arm.options, **options, "max_train_steps": steps, "output_dir": str(out)}
+        code = arm.train(command_line(given))
+        assert code == 0 and weights.is_dir(), f"training {arm.name} failed"
+    return weights
+
+
+def load_arm(weights: Path | None, device: str) -> Any:
+    """The toybox base with an arm's weights on it, silent, in float32; None is the base itself."""
+    pipeline = load_checkpoint(None, device)
+    if weights is not None and (weights / DELTA_NAME).is_file():
+        UNetDelta.load(weights / DELTA_NAME).attach(pipeline.unet)
+    elif weights is not None:
+        pipeline.register_modules(unet=load_unet(weights).to(device))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def choose_candidate(arm: Arm, steps: int, out: Path, score: Callable[[Path], float]) -> Options:
+    """The candidate with the highest score on the dev split, each trained for `steps`; kept in `choice.json`.
+
+    Args:
+        arm: with one candidate or more; a single one is taken as it is.
+        steps: of each trial.
+        out: the arm's folder.
+        score: of trained weights.
+    """
+    if len(arm.candidates) == 1:
+        return arm.candidates[0]
+    path = out / "choice.json"
+    if not path.is_file():
+        trials = []
+        for number, candidate in enumerate(arm.candidates):
+            weights = train_once(arm, candidate, steps, out / f"trial-{number}")
+            trials.append({"options": dict(candidate), "score": score(weights)})
+            print(f"== {arm.name}: {trials[-1]}")
+        best = max(trials, key=lambda trial: trial["score"])
+        record = {"steps": steps, "trials": trials, "chosen": best["options"]}
+        write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    return json.loads(path.read_text(encoding="utf-8"))["chosen"]
+
+
+def paired_metrics(
+    name: str,
+    ours: Sequence[Row],
+    theirs: Sequence[Row],
+    value: Callable[[Row], float],
+    pair: Sequence[str],
+    group: str,
+) -> dict[str, float]:
+    """Mean difference of two arms with its bounds, over rows of the same prompts and noise.
+
+    Args:
+        name: of the metric.
+        ours, theirs: rows of the two arms.
+        value: of a row.
+        pair: fields that pair a row of one arm with one of the other.
+        group: field whose rows are drawn together.
+    """
+    other = {tuple(row[field] for field in pair): value(row) for row in theirs}
+    keys = [tuple(row[field] for field in pair) for row in ours]
+    assert set(keys) == set(other) and len(keys) == len(other), f"{name}: the arms have other rows"
+    difference = paired_difference(
+        [value(row) for row in ours], [other[key] for key in keys], groups=[row[group] for row in ours]
+    )
+    return interval_metrics(name, difference)
+
+
+def trained_share(weights: Path) -> float:
+    """Numbers that a delta holds over the parameters of the base's UNet."""
+    unet = load_checkpoint(None, "cpu").unet
+    names = {name.partition(":")[0] for name in UNetDelta.load(weights / DELTA_NAME).tensors}
+    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+    return sum(sizes[name] for name in names) / sum(sizes.values())
+
+
+def best_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

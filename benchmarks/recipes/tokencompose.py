@@ -1,0 +1,342 @@
+"""TokenCompose and Separate-and-Enhance on the toybox: losses, layers, and an inference-time rival.
+
+    make reproduce-tokencompose PRESET=smoke        # 4 minutes on two cores: do losses fall, do maps move into masks?
+    make reproduce-tokencompose PRESET=cpu          # hours; run it again to go on
+    make reproduce-tokencompose PRESET=gpu
+
+Every trained arm sees the same scenes for the same number of steps and is tuned on the dev prompts by the same number
+of trials. The pictures of all arms start from the same noise. Outcomes go to `<out>/report.json` and `sheet.png`, with
+`--record` also to `benchmarks/results/tokencompose_toybox.json`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from PIL import Image
+
+from benchmarks.measure import paired_ratio
+from benchmarks.recipes.attend_and_excite import ATTEND_AND_EXCITE, call_arguments, load_attend_and_excite
+from benchmarks.recipes.common import (
+    GUIDANCE,
+    STEPS,
+    Arm,
+    Options,
+    Row,
+    best_device,
+    choose_candidate,
+    load_arm,
+    recipe_parser,
+    train_once,
+    trained_share,
+)
+from benchmarks.recipes.tokencompose_metrics import metrics_of_rows
+from objectcompose.evaluation.attention_iou import THRESHOLDS, AttentionMaps, best_threshold
+from objectcompose.evaluation.detectors import JudgePresence, look_at_pictures
+from objectcompose.evaluation.frechet import frechet_metrics
+from objectcompose.evaluation.frechet_features import file_source, load_features, scene_source, source_features
+from objectcompose.evaluation.generation import Picture, paint_records
+from objectcompose.evaluation.map_iou import TIMESTEPS, measure_maps
+from objectcompose.evaluation.presence import presence_rows
+from objectcompose.evaluation.prompts import PromptRecord
+from objectcompose.evaluation.report import write_report
+from objectcompose.evaluation.results import write_result
+from objectcompose.evaluation.toybox_prompts import toybox_pairs, toybox_prompts
+from objectcompose.examples.gallery import GalleryRow, save_gallery
+from objectcompose.toybox.judge import Judge
+from objectcompose.toybox.scenes import list_objects
+from objectcompose.toybox.weights import active_preset, toybox_path
+from objectcompose.training import train_separate_enhance, train_token_compose
+from objectcompose.training.grounded_captions import ToyboxCaptions
+from objectcompose.training.token_compose_losses import SUPERVISED_LAYERS
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is.
+
+    Attributes:
+        arms: what is compared.
+        scenes: that are trained on.
+        steps: of training; Separate-and-Enhance, whose steps are cheaper, has as many.
+        batch_size: samples of a step.
+        trial_steps: of each trial on the dev split; 0 takes each arm's first candidate.
+        prompts: of the test list, per number of objects.
+        rounds: pictures per prompt.
+        map_scenes: whose attention maps are measured.
+        real_scenes: that the Frechet distance compares with; 0 leaves it out.
+    """
+
+    arms: tuple[str, ...]
+    scenes: int
+    steps: int
+    batch_size: int
+    trial_steps: int
+    prompts: int
+    rounds: int
+    map_scenes: int
+    real_scenes: int
+
+
+ALL_ARMS = (
+    "base", "ldm", "tokencompose", "token_only", "pixel_only", "mid_only", "one_grid", "all_layers", "sepen",
+    ATTEND_AND_EXCITE,
+)  # fmt: skip
+SIZES = {
+    "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 1, 32, 0),
+    "cpu": Size(ALL_ARMS, 8000, 1500, 16, 200, 24, 3, 100, 500),
+    "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 10, 500, 2000),
+}
+DEV_PROMPTS, DEV_SCENES = 6, 32
+#: Of toybox. Stable Diffusion's defaults, 1e-3 and 5e-5, are for 24,000 steps.
+TOKEN_WEIGHT, PIXEL_WEIGHT = 0.02, 0.001
+LEARNING_RATES = (1e-4, 5e-5, 2e-4)
+KEY_LEARNING_RATES = (4e-3, 1e-3, 2e-3)  # of sepen, whose gradients are small and end in a hundredth of the weights
+PROTOCOL = (
+    "Toybox. Trained arms: the same scenes, steps and batches, the whole UNet, of which a delta of rank 16 is left"
+    " (sepen: attn2.to_k, no pictures), each tuned on the dev prompts by the same number of trials. ldm: the denoising"
+    " loss alone; tokencompose: with token and pixel losses in middle and decoder; token_only, pixel_only: with one of"
+    " them; mid_only, one_grid (the decoder's coarsest), all_layers (encoder too): with both elsewhere;"
+    " attend_and_excite: diffusers' pipeline on the base."
+    f" Pictures: {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms. mg<k>: share of the test"
+    " prompts with at least k objects that show k of them, object_accuracy: share of pairs with both, single_object:"
+    " share of single ones, by the judge, in per cent; map_iou: maps of held-out scenes at t = 200, 400, 600,"
+    " threshold of each arm from the dev split; fd_judge: Frechet distance of judge features to held-out scenes,"
+    " captions the same. Intervals: 95 % bootstrap over prompts or scenes, fd_judge: jackknife."
+)
+DELTA_RANK = 16  # small enough to be committed; what is measured is what is left
+
+
+def build_arms(size: Size) -> dict[str, Arm]:
+    """The trained arms of a size."""
+    common: dict[str, Any] = {
+        "toybox_scenes": size.scenes,
+        "train_batch_size": size.batch_size,
+        "gradient_accumulation_steps": 1,
+        "checkpointing_steps": 250,
+    }
+    token, pixel = {"token_weight": TOKEN_WEIGHT}, {"pixel_weight": PIXEL_WEIGHT}
+    off = {"token_weight": 0.0, "pixel_weight": 0.0}
+    supervised: dict[str, Options] = {
+        "ldm": off,
+        "tokencompose": {**token, **pixel},
+        "token_only": {**off, **token},
+        "pixel_only": {**off, **pixel},
+        "mid_only": {**token, **pixel, "layers": r"^mid_block\..*attn2$"},
+        "one_grid": {**token, **pixel, "layers": r"^up_blocks\.0\..*attn2$"},
+        "all_layers": {**token, **pixel, "layers": r"attn2$"},
+    }
+
+    def candidates(rates: Sequence[float]) -> tuple[Options, ...]:
+        return tuple({"learning_rate": rate} for rate in (rates if size.trial_steps else rates[:1]))
+
+    arms = {
+        name: Arm(
+            name, train_token_compose.main, {**common, "delta_rank": DELTA_RANK, **options}, candidates(LEARNING_RATES)
+        )
+        for name, options in supervised.items()
+    }
+    concepts = {**common, "concepts": active_preset().categories, "norm_weight": 0.5}
+    del concepts["toybox_scenes"]  # no pictures
+    arms["sepen"] = Arm("sepen", train_separate_enhance.main, concepts, candidates(KEY_LEARNING_RATES))
+    return arms
+
+
+class Recipe:
+    """A run: trains, paints, looks, and keeps it all under one folder.
+
+    Args:
+        name: of the size.
+        out: the folder.
+        arms: their names; None: those of the size.
+    """
+
+    def __init__(self, name: str, out: Path, arms: Sequence[str] | None = None) -> None:
+        self.size, self.out, self.device = SIZES[name], out, best_device()
+        self.arm_names = tuple(arms or self.size.arms)
+        self.arms = build_arms(self.size)
+        unknown = set(self.arm_names) - {*ALL_ARMS}
+        if unknown:
+            raise SystemExit(f"`--arms` must be some of {', '.join(ALL_ARMS)}, got {', '.join(sorted(unknown))}.")
+        self.state = PartialState(cpu=self.device == "cpu")
+        self.judge = JudgePresence(Judge.load(self.device))
+        self.features = load_features("judge", None, self.device)
+        self.scenes = scene_source(self.size.real_scenes) if self.size.real_scenes else None
+
+    def weights(self, name: str) -> Path | None:
+        """Trained weights of an arm, None of one that trains nothing."""
+        if name not in self.arms:
+            return None
+        arm, folder = self.arms[name], self.out / name
+        chosen = choose_candidate(arm, self.size.trial_steps, folder, self.dev_score)
+        data = {} if name == "sepen" else {"cache_dir": str(self.out / "cache")}
+        return train_once(arm, {**chosen, **data}, self.size.steps, folder)
+
+    def dev_score(self, weights: Path) -> float:
+        """Share of the dev prompts' objects that are found."""
+        records = toybox_prompts(active_preset(), "dev", DEV_PROMPTS)
+        rows = self.look("dev", weights.parent, load_arm(weights, self.device), records, rounds=1)
+        return sum(len(row["found"]) for row in rows) / sum(len(row["named"]) for row in rows)
+
+    def look(
+        self, case: str, folder: Path, pipeline: Any, records: Sequence[PromptRecord], rounds: int, **paint: Any
+    ) -> list[Row]:
+        """Paint a list and say what is found."""
+        pictures = self.paint(case, folder, pipeline, records, rounds, **paint)
+        return presence_rows(pictures, look_at_pictures(self.judge, pictures, folder / case / "sightings"))
+
+    def paint(
+        self, case: str, folder: Path, pipeline: Any, records: Sequence[PromptRecord], rounds: int, **paint: Any
+    ) -> list[Picture]:
+        """Pictures of a list, in `<folder>/<case>/pictures`."""
+        return paint_records(
+            pipeline,
+            records,
+            folder / case / "pictures",
+            rounds=rounds,
+            steps=STEPS,
+            guidance_scale=GUIDANCE,
+            state=self.state,
+            **{"batch_size": 8, **paint},
+        )
+
+    def lists(self) -> dict[str, tuple[list[PromptRecord], int]]:
+        """The test lists and their rounds."""
+        preset = active_preset()
+        singles = [
+            PromptRecord(f"single-{number:02d}", f"a photo of {list_objects([name])}", (name,))
+            for number, name in enumerate(preset.categories)
+        ]
+        return {
+            "test": (toybox_prompts(preset, "test", self.size.prompts), self.size.rounds),
+            "pairs": (toybox_pairs(preset)[: 8 * self.size.prompts], self.size.rounds),
+            "single": (singles, 2 * self.size.rounds),
+        }
+
+    def measure(self, name: str) -> list[Row]:
+        """All rows of one arm."""
+        weights, folder = self.weights(name), self.out / name
+        pipeline, paint = load_arm(weights, self.device), {}
+        if name == ATTEND_AND_EXCITE:
+            pipeline, paint = self.tuned_attend_and_excite(folder)
+        rows: list[Row] = []
+        for case, (records, rounds) in self.lists().items():
+            rows += [
+                {"case": case, "arm": name, **row}
+                for row in self.look(case, folder, pipeline, records, rounds, **paint)
+            ]
+        if name != ATTEND_AND_EXCITE:  # which takes prompts whose objects it is told, and changes no maps before
+            rows += self.fd_rows(name, folder, pipeline) + self.map_rows(name, folder, pipeline)
+        return rows
+
+    def fd_rows(self, name: str, folder: Path, pipeline: Any) -> list[Row]:
+        """Frechet distance of an arm's pictures to held-out scenes with the same captions."""
+        if self.scenes is None:
+            return []
+        captions = [PromptRecord(f"scene-{number:05d}", text) for number, text in enumerate(self.scenes.captions)]
+        painted = file_source([one.path for one in self.paint("scenes", folder, pipeline, captions, 1)])
+        found = [source_features(self.features, one, 32, self.state) for one in (painted, self.scenes)]
+        return [{"case": "fd", "arm": name, **frechet_metrics("value", *found)}]
+
+    def map_rows(self, name: str, folder: Path, pipeline: Any) -> list[Row]:
+        """How well an arm's maps cover the objects of held-out scenes, at the threshold that its dev maps choose."""
+        attention = AttentionMaps(pipeline, SUPERVISED_LAYERS)
+        found = {}
+        for split, count in (("dev", DEV_SCENES), ("test", self.size.map_scenes)):
+            scenes = ToyboxCaptions(active_preset(), count, self.out / "scenes", split)
+            numbers = list(range(count))
+            found[split] = measure_maps(attention, scenes, numbers, split, TIMESTEPS, folder, 32, self.state)
+        place = THRESHOLDS.index(best_threshold(found["dev"]))
+        return [
+            {
+                "case": "map",
+                "arm": name,
+                **{key: row[key] for key in ("sample", "phrase", "t", "inside")},
+                "iou": row["ious"][place],
+            }
+            for row in found["test"]
+        ]
+
+    def tuned_attend_and_excite(self, folder: Path) -> tuple[Any, dict[str, Any]]:
+        """The rival with the settings that the dev prompts choose, by as many trials as the trained arms have."""
+        pipeline = load_attend_and_excite(self.device)
+        records, scores = toybox_prompts(active_preset(), "dev", DEV_PROMPTS), []
+        settings = call_arguments(len(LEARNING_RATES) if self.size.trial_steps else 1)
+        for number, arguments in enumerate(settings):
+            rows = self.look(f"dev-{number}", folder, pipeline, records, 1, **arguments)
+            scores.append(sum(len(row["found"]) for row in rows) / sum(len(row["named"]) for row in rows))
+            print(f"== {ATTEND_AND_EXCITE}: {arguments['call_identity']}: {scores[-1]:.3f}")
+        return pipeline, settings[scores.index(max(scores))]
+
+    def time_rows(self, name: str) -> list[Row]:
+        """Seconds of a picture of two objects beside the base's, in pairs."""
+        record = toybox_pairs(active_preset())[0]
+        base, extra = load_arm(None, self.device), {}
+        pipeline = base if name != ATTEND_AND_EXCITE else load_attend_and_excite(self.device)
+        if name == ATTEND_AND_EXCITE:
+            extra = call_arguments(1)[0]["call_arguments"]([record])
+        elif self.weights(name) is not None:
+            pipeline = load_arm(self.weights(name), self.device)
+        settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+        found = paired_ratio(
+            lambda: pipeline([record.text], **settings, **extra), lambda: base(record.text, **settings)
+        )
+        return [{"case": "seconds", "arm": name, **row} for row in found.rows()]
+
+
+def save_sheet(recipe: Recipe, rows: Sequence[Row], columns: int = 6) -> Path:
+    """The first test pictures of every arm, below one another, with what the judge found."""
+    galleries = []
+    for name in recipe.arm_names:
+        shown = [row for row in rows if row["case"] == "test" and row["arm"] == name][:columns]
+        pictures = recipe.out / name / "test" / "pictures"
+        images = [Image.open(pictures / f"{row['prompt']}_{row['round']}.png") for row in shown]
+        captions = [f"{', '.join(row['named'])}\nfound: {', '.join(row['found']) or 'none'}" for row in shown]
+        galleries.append(GalleryRow(name, images, captions))
+    path = recipe.out / "sheet.png"
+    save_gallery(galleries, path, headline="TokenCompose on the toybox: the same prompts and noise for all arms")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe."""
+    args = recipe_parser(__doc__.splitlines()[0], "tokencompose").parse_args(argv)
+    out = args.out or Path("outputs") / "reproduce" / f"tokencompose-{args.preset}"
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(args.preset, out, args.arms)
+    rows = [row for name in recipe.arm_names for row in recipe.measure(name)]
+    for name in ("tokencompose", ATTEND_AND_EXCITE):
+        if name in recipe.arm_names and args.preset != "smoke":
+            rows += recipe.time_rows(name)
+    metrics = metrics_of_rows(rows)
+    stated = {}
+    if "sepen" in recipe.arm_names:
+        weights = recipe.weights("sepen")
+        assert weights is not None
+        stated["trained_share.sepen"] = trained_share(weights)
+    command = f"make reproduce-tokencompose PRESET={args.preset}"
+    write_report(out, "reproduce-tokencompose", {**metrics, **stated}, PROTOCOL, rows, {"size": repr(recipe.size)})
+    print(f"sheet: {save_sheet(recipe, rows)}")
+    if args.record:
+        write_result(
+            "tokencompose_toybox",
+            {**metrics, **stated},
+            rows,
+            command=command,
+            seeds=list(range(recipe.size.rounds)),
+            protocol=f"{PROTOCOL} {recipe.size}",
+            recompute="benchmarks.recipes.tokencompose_metrics:metrics_of_rows",
+            weights={"base": toybox_path("base")},
+            stated=sorted(stated),
+            timing_fields=("seconds_a", "seconds_b"),
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Columns of a softmax against the whole table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from objectcompose.attention_processors.columns import softmax_columns
+
+
+INDICES = torch.tensor([[0, 3, 3], [6, 1, 0]])  # a position may come twice
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 5, 4, generator=generator, dtype=dtype).requires_grad_()
+    key = torch.randn(2, 3, 7, 4, generator=generator, dtype=dtype).requires_grad_()
+    return query, key
+
+
+def hiding_bias():
+    bias = torch.zeros(2, 1, 5, 7, dtype=torch.float64)
+    bias[0, :, 2, 3:] = float("-inf")
+    bias[1, :, :, 1] = 0.5
+    return bias
+
+
+def whole_table(query, key, indices, scale, bias):
+    logits = scale * query @ key.transpose(-1, -2)
+    table = (logits if bias is None else logits + bias).softmax(-1)
+    return table.gather(-1, indices[:, None, None, :].expand(*table.shape[:-1], -1))
+
+
+@pytest.mark.parametrize("bias", [None, hiding_bias()])
+def test_values_and_gradients_are_those_of_the_whole_table(bias):
+    ours, explicit = inputs(), inputs()
+    columns = softmax_columns(*ours, INDICES, 0.7, bias)
+    expected = whole_table(*explicit, INDICES, 0.7, bias)
+    torch.testing.assert_close(columns, expected)
+    weights = torch.randn(columns.shape, generator=torch.Generator().manual_seed(1), dtype=columns.dtype)
+    (columns * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for mine, theirs in zip(ours, explicit, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.autograd.gradcheck(lambda query, key: softmax_columns(query, key, INDICES, 0.7, bias), inputs())
+
+
+def test_large_logits_do_not_overflow():
+    query, key = (200 * part.detach().float() for part in inputs())
+    columns = softmax_columns(query, key, INDICES, 1.0)
+    torch.testing.assert_close(columns, whole_table(query, key, INDICES, 1.0, None))
+    assert columns.isfinite().all()
+
+
+def test_one_list_for_all_rows_and_only_one_gradient():
+    query, key = inputs()
+    key.requires_grad_(False)
+    columns = softmax_columns(query, key, INDICES[:1], 0.7)
+    torch.testing.assert_close(columns, whole_table(query, key, INDICES[:1].expand(2, -1), 0.7, None))
+    columns.sum().backward()
+    assert query.grad.abs().sum() > 0 and key.grad is None
+
+
+def test_nothing_as_large_as_the_table_is_kept():
+    query, key = inputs(torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        softmax_columns(query, key, INDICES, 0.7)
+    assert kept and (2, 3, 5, 7) not in {tuple(shape) for shape in kept}
