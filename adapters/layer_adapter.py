@@ -47,19 +47,34 @@ class KeyValueProjections(nn.Module):
     def forward(
         self, key_tokens: torch.Tensor, value_tokens: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {
-            name: (self.key_maps[_module_name(name)](key_tokens), self.value_maps[_module_name(name)](value_tokens))
-            for name in self.layer_widths
-        }
+        keys, values = self.keys_of(key_tokens), self.values_of(value_tokens)
+        return {name: (keys[name], values[name]) for name in self.layer_widths}
+
+    def keys_of(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The keys alone, `{layer: (B, S, width)}`."""
+        return {name: self.key_maps[_module_name(name)](tokens) for name in self.layer_widths}
+
+    def values_of(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The values alone, `{layer: (B, S, width)}`."""
+        return {name: self.value_maps[_module_name(name)](tokens) for name in self.layer_widths}
 
     @torch.no_grad()
     def copy_text_projections(self, unet: Any) -> None:
         """Start from the base's own text projections, as IP-Adapter does."""
         modules = attention_layers(unet)
+        weights = {}
         for name in self.layer_widths:
-            for maps, projection in ((self.key_maps, modules[name].to_k), (self.value_maps, modules[name].to_v)):
-                base = getattr(projection, "base_layer", projection)  # inside a LoRA layer
-                maps[_module_name(name)].load_state_dict({"weight": base.weight})
+            pair = (modules[name].to_k, modules[name].to_v)
+            key, value = (getattr(projection, "base_layer", projection).weight for projection in pair)  # inside LoRA
+            weights[name] = (key, value)
+        self.load_layers(weights)
+
+    @torch.no_grad()
+    def load_layers(self, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Take over the weights of the maps to keys and to values, `(width, token_width)` each, by layer name."""
+        for name in self.layer_widths:
+            for maps, weight in zip((self.key_maps, self.value_maps), weights[name], strict=True):
+                maps[_module_name(name)].load_state_dict({"weight": weight})
 
 
 def _module_name(layer: str) -> str:

@@ -40,7 +40,8 @@ class Branch:
 
     Args:
         keys_values: per layer name keys and values, each `(B, N * T, C)` or `(1, N * T, C)`, objects in order, T
-            tokens each, already projected; C is the layer's inner width. B counts the chosen rows.
+            tokens each, already projected; C is the layer's inner width. B counts the chosen rows. Here and below,
+            what has rows for both guidance halves, `[uncond, cond]`, serves a forward of the conditional half too.
         regions: where object n acts, as for `region_weights`, `(N, h, w)` or `(B, N, h, w)`, values in [0, 1]; None is
             everywhere.
         scale: strength: a number, a scalar tensor, or one value per object, `(N,)` or `(B, N)`, on the model's device.
@@ -189,6 +190,7 @@ class Branch:
     def _layer_keys_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, int]:
         key, value = self.keys_values[call.name]
         count = len(rows_of_batch(self.rows, call.batch_size))
+        key, value = _rows_for_half(key, count), _rows_for_half(value, count)
         inner = call.heads * call.query.shape[-1]
         if key.shape != value.shape or key.ndim != 3 or key.shape[-1] != inner or key.shape[0] not in (1, count):
             raise PartConflictError(
@@ -203,7 +205,7 @@ class Branch:
             )
         key, value = key.to(call.query), value.to(call.query)
         if isinstance(self.scale, torch.Tensor) and self.scale.ndim > 0:  # linear, so it may act on the values
-            scale = self.scale.to(value).reshape(-1, num_objects, 1, 1)
+            scale = _rows_for_half(self.scale.to(value).reshape(-1, num_objects, 1, 1), count)
             value = (value.unflatten(1, (num_objects, -1)) * scale).flatten(1, 2)
         key, value = key.expand(count, -1, -1), value.expand(count, -1, -1)
         return split_heads(key, call.heads), split_heads(value, call.heads), num_objects
@@ -218,7 +220,8 @@ class Branch:
             told["regions or present"] = tuple(grid.weights.shape[:2])
         if isinstance(self.scale, torch.Tensor) and self.scale.ndim > 0:
             told["scale"] = (1, *self.scale.shape)[-2:]
-        if len({count for _, count in told.values()}) > 1 or any(row not in (1, rows) for row, _ in told.values()):
+        fits = (1, rows, 2 * rows)
+        if len({count for _, count in told.values()}) > 1 or any(row not in fits for row, _ in told.values()):
             raise PartConflictError(
                 f"a branch's arguments must agree on the objects and be for 1 or {rows} batch rows, got"
                 f" (rows, objects) {told}."
@@ -233,14 +236,15 @@ class Branch:
         if grid is None:
             attended = merge_heads(F.scaled_dot_product_attention(query, key, value))
         elif grid.is_shared and self.overlap == "folded":
-            attended = self._attend_folded(query, key, value, num_objects, grid.weights)
+            weights = _rows_for_half(grid.weights, len(query))
+            attended = self._attend_folded(query, key, value, num_objects, weights)
         else:
-            seen = (grid.weights > 0).transpose(1, 2)[:, None]  # (r, 1, cells, N)
+            seen = (_rows_for_half(grid.weights, len(query)) > 0).transpose(1, 2)[:, None]  # (r, 1, cells, N)
             visible = seen.repeat_interleave(key.shape[2] // num_objects, dim=-1)
             attended = merge_heads(attend_visible(query, key, value, visible))
         if not (isinstance(self.scale, torch.Tensor) and self.scale.ndim > 0):
             attended = attended * self.scale
-        coverage = None if grid is None else grid.coverage.to(attended.dtype)
+        coverage = None if grid is None else _rows_for_half(grid.coverage, len(query)).to(attended.dtype)
         return attended, coverage
 
     @staticmethod
@@ -260,6 +264,11 @@ class Branch:
         return (per_object * share[..., None].to(per_object.dtype)).sum(1)
 
 
+def _rows_for_half(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """The conditional half of `[uncond, cond]` where a forward has only that half's `count` rows; else all."""
+    return tensor[count:] if tensor.shape[0] == 2 * count else tensor
+
+
 def check_replacing_branches(
     branches: Sequence[Any], num_tokens: int, batch_size: int, device: torch.device | str = "cpu"
 ) -> None:
@@ -275,6 +284,7 @@ def check_replacing_branches(
         own = torch.zeros_like(taken)
         coverage = branch.coverage(num_tokens, device)
         rows = len(rows_of_batch(branch.rows, batch_size))
+        coverage = coverage if coverage is None else _rows_for_half(coverage, rows)
         if coverage is not None and len(coverage) not in (1, rows):
             raise PartConflictError(f"`regions` of a branch has {len(coverage)} batch rows, it acts on {rows}.")
         target = own if branch.rows is None else own[branch.rows]  # a view: writing it writes `own`

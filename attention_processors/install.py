@@ -114,31 +114,40 @@ def layers_of_parts(unet: Any, parts: Sequence[Any]) -> dict[str, tuple[Any, ...
 
 
 @contextmanager
-def use_parts(unet: Any, parts: Sequence[Any]) -> Iterator[Mapping[str, tuple[Any, ...]]]:
+def use_parts(unet: Any, parts: Sequence[Any], outer_probes: bool = True) -> Iterator[Mapping[str, tuple[Any, ...]]]:
     """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
 
-    Without parts nothing is installed. Blocks may be nested: the inner one adds its parts to those of the outer one.
+    Without parts nothing is installed, though probes may be laid to rest. Blocks may be nested: the inner one adds its
+    parts to those of the outer one.
     With gradient checkpointing, run the backward pass inside the block too: it computes the layers again.
 
     Args:
         unet: a diffusers UNet, also compiled or with LoRA layers.
         parts: masks, branches and probes; see the modules of this package.
+        outer_probes: whether the probes of an outer block go on measuring. Guidance, whose passes are no part of what
+            they are to measure, lets them rest.
 
     Yields:
-        Layer name to the parts on it.
+        Layer name to the parts on it; with resting probes, also the layers where these were.
 
     Raises:
         LayerNotFoundError: a part chooses no layer.
         PartConflictError: a layer has a processor that can neither be replaced nor kept.
     """
     parts = tuple(parts)
-    if not parts:
+    if not parts and outer_probes:
         yield {}
         return
     by_layer = layers_of_parts(unet, parts)
     modules = attention_layers(unet)
+    if not outer_probes:
+        for name, module in modules.items():
+            if any(part.kind == "probe" for part in getattr(module.processor, "composed_parts", ())):
+                by_layer.setdefault(name, ())
     originals = {name: modules[name].processor for name in by_layer}
-    composed = {name: _compose_processor(name, chosen, originals[name]) for name, chosen in by_layer.items()}
+    composed = {
+        name: _compose_processor(name, chosen, originals[name], outer_probes) for name, chosen in by_layer.items()
+    }
     try:
         for name, processor in composed.items():
             _exchange_processor(modules[name], processor)
@@ -148,9 +157,12 @@ def use_parts(unet: Any, parts: Sequence[Any]) -> Iterator[Mapping[str, tuple[An
             _exchange_processor(modules[name], processor)
 
 
-def _compose_processor(name: str, parts: tuple[Any, ...], current: Any) -> ComposedAttnProcessor:
+def _compose_processor(
+    name: str, parts: tuple[Any, ...], current: Any, outer_probes: bool = True
+) -> ComposedAttnProcessor:
     if hasattr(current, "composed_parts"):  # ours, of an outer block
-        return ComposedAttnProcessor(name, (*current.composed_parts, *parts), current.original)
+        kept = (part for part in current.composed_parts if outer_probes or part.kind != "probe")
+        return ComposedAttnProcessor(name, (*kept, *parts), current.original)
     class_name = type(current).__name__
     if type(current).__module__.split(".")[0] == "diffusers":
         if class_name in PLAIN_PROCESSOR_NAMES:

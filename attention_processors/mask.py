@@ -75,6 +75,7 @@ class GroupedVisibility:
         self.labels = labels.detach().cpu()
         self.visible = visible.detach().cpu()
         self._plans: dict[torch.device, tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]] = {}
+        self._tables: dict[torch.device, torch.Tensor] = {}
         self._intersections: dict[int, tuple[GroupedVisibility, GroupedVisibility]] = {}
 
     @classmethod
@@ -100,9 +101,12 @@ class GroupedVisibility:
         self._intersections[id(other)] = (other, both)  # holding `other` keeps its id from being used again
         return both
 
-    def dense(self) -> torch.Tensor:
-        """The whole table, bool `(Q, K)`; for small grids only."""
-        return self.visible[self.labels]
+    def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The whole table, bool `(Q, K)`; for small grids only. Built once per device."""
+        device = torch.device(device)
+        if device not in self._tables:
+            self._tables[device] = self.visible[self.labels].to(device)
+        return self._tables[device]
 
     def plan(self, device: torch.device) -> tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]:
         """Per group its query indices and key indices (None: all keys), and the order that undoes the grouping."""
@@ -176,7 +180,8 @@ class RegionKeyMask:
     Regions may overlap. A cell belongs to a region where its value is above 0.
 
     Args:
-        regions: as for `region_weights`; with a batch axis it has one entry per chosen row.
+        regions: as for `region_weights`; with a batch axis it has one entry per chosen row, or one per row of each
+            guidance half, which are `[uncond, cond]` one after the other.
         layers: which layers, a regex or a list of names.
         rows: the batch rows it holds for; None is all.
     """
@@ -216,11 +221,11 @@ class RegionKeyMask:
             self._grouped[num_tokens] = [built[content] for content in contents]
         grouped = self._grouped[num_tokens]
         chosen = rows_of_batch(self.rows, batch_size)
-        if len(grouped) not in (1, len(chosen)):
+        if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
             raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
         per_row: list[GroupedVisibility | None] = [None] * batch_size
         for position, row in enumerate(chosen):
-            per_row[row] = grouped[0] if len(grouped) == 1 else grouped[position]
+            per_row[row] = grouped[position % len(grouped)]
         return per_row
 
 

@@ -1,10 +1,11 @@
 """Probe parts: what a layer attends to, written down while it runs.
 
-`TokenMapProbe` gives the attention of every cell to chosen text tokens (cross-attention): exact columns of the
-softmax, in float32, from the logits of the 77 or so keys. `RegionMassProbe` gives the attention of every cell to
-regions of the picture (self-attention): a second fused call whose values are the regions' indicators, so that no
-table of all pairs of cells exists. The indicators are padded to the width of a head, because a kernel that
-materialises is chosen for other widths.
+`TokenMapProbe` gives the attention of every cell to chosen text tokens (cross-attention): exact columns of the softmax
+over the 77 or so keys, in float32. `RegionMassProbe` gives the attention of every cell to regions of the picture
+(self-attention): a second fused call whose values are the regions' indicators, so that no table of all pairs of cells
+exists. The indicators are padded to the width of a head, because a kernel that materialises is chosen for other
+widths. `CellMapProbe` gives the whole table between cells, for grids of a few hundred cells only, where clustering
+needs it.
 
 Results are assigned under the layer's name, never appended: gradient checkpointing runs a layer twice. They are
 differentiable. Masks of the same layer are in force; a cell that sees no key has zeros.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from objectcompose.attention_processors.columns import softmax_columns
 from objectcompose.attention_processors.mask import region_weights
 from objectcompose.attention_processors.processor import AttentionCall
 from objectcompose.errors import ObjectComposeError, PromptTooLongError, RegionError
@@ -84,16 +86,16 @@ class TokenMapProbe:
                 f"`token_indices` names position {self._last_index}, the text states have {num_keys} positions."
             )
         with torch.autocast(call.query.device.type, enabled=False):
-            logits, sees_any = call.select(self.rows).logits()  # (rows, heads, HW, K)
-            if not self._is_shared and logits.shape[0] != self._indices.shape[0]:
+            measured = call.select(self.rows)
+            query, key = measured.query.float(), measured.key.float()
+            if not self._is_shared and len(query) != len(self._indices):
                 raise ObjectComposeError(
-                    f"`token_indices` has lists for {self._indices.shape[0]} rows, measured are {logits.shape[0]}."
+                    f"`token_indices` has lists for {len(self._indices)} rows, measured are {len(query)}."
                 )
             # They stay there: one copy per device, not per layer and step.
-            self._indices, self._is_token = self._indices.to(logits.device), self._is_token.to(logits.device)
-            indices = self._indices[:, None, None, :].expand(*logits.shape[:3], -1)
-            columns = logits.gather(-1, indices)
-            maps = (columns - logits.logsumexp(-1, keepdim=True)).exp()
+            self._indices, self._is_token = self._indices.to(query.device), self._is_token.to(query.device)
+            bias, sees_any = measured.logit_bias()
+            maps = softmax_columns(query, key, self._indices, query.shape[-1] ** -0.5, bias)  # (rows, heads, HW, T)
             if sees_any is not None:
                 maps = torch.where(sees_any, maps, torch.zeros_like(maps))
             if self._has_padding:
@@ -171,3 +173,49 @@ class RegionMassProbe:
         if values.shape[0] not in (1, call.batch_size):
             raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
         return values
+
+
+class CellMapProbe:
+    """Attention between all cells of a small grid, averaged over heads (self-attention).
+
+    The one probe with a table of all pairs of cells: clustering needs every entry. A grid of 16 x 16 cells has 65,536,
+    less than the layer's own activations; larger grids are refused, since the table grows with the square.
+
+    Args:
+        layers: which self-attention layers, a regex or a list of names.
+        rows: the batch rows to measure, such as the conditional half; None is all.
+        max_cells: the largest grid that is measured.
+
+    Attributes:
+        maps: layer name to probabilities in [0, 1], float32 `(rows, HW, HW)`: from each cell (axis 1) to each cell.
+    """
+
+    kind = "probe"
+    attention = "self"
+
+    def __init__(self, layers: str | Sequence[str], rows: slice | None = None, max_cells: int = 1024):
+        self.layers = layers
+        self.rows = rows
+        self.max_cells = max_cells
+        self.maps: dict[str, torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget what was measured, and the graph behind it."""
+        self.maps.clear()
+
+    def measure(self, call: AttentionCall) -> None:
+        """Store this call's table.
+
+        Raises:
+            RegionError: the grid has more than `max_cells` cells.
+        """
+        if call.num_tokens > self.max_cells:
+            raise RegionError(
+                f"`layers` of a cell map must have at most {self.max_cells} cells, {call.name} has {call.num_tokens}."
+            )
+        with torch.autocast(call.query.device.type, enabled=False):
+            logits, sees_any = call.select(self.rows).logits()  # (rows, heads, HW, HW)
+            maps = logits.softmax(-1)
+            if sees_any is not None:
+                maps = torch.where(sees_any, maps, torch.zeros_like(maps))
+            self.maps[call.name] = maps.mean(1)

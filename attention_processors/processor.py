@@ -119,15 +119,29 @@ class AttentionCall:
         """Scaled logits in float32, `(B, heads, Q, K)`, hidden keys at -inf, and which queries see any key (None:
         all).
 
-        For cross-attention, whose keys are few. A query that sees nothing keeps finite logits; use the second value.
+        For cross-attention, whose keys are few, and for self-attention on small grids. A query that sees nothing keeps
+        finite logits; use the second value.
         """
         logits = self.query.float() @ self.key.float().transpose(-1, -2) * self.query.shape[-1] ** -0.5
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        if self.visible is None:
-            return logits, None
-        sees_any = self.visible.any(-1, keepdim=True)
-        return logits.masked_fill(~self.visible & sees_any, float("-inf")), sees_any
+        bias, sees_any = self.logit_bias()
+        return logits if bias is None else logits + bias, sees_any
+
+    def logit_bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What is added to the scaled logits, float32, -inf for hidden keys (None: nothing), and which queries see any
+        key (None: all). For a query that sees nothing no key is hidden."""
+        bias = None if self.bias is None else self.bias.float()
+        visible = self.visible if self.groups is None else self.dense_groups(self.groups)
+        if visible is None:
+            return bias, None
+        sees_any = visible.any(-1, keepdim=True)
+        hidden = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible & sees_any, float("-inf"))
+        return hidden if bias is None else bias + hidden, sees_any
+
+    def dense_groups(self, groups: list[GroupedVisibility | None]) -> torch.Tensor:
+        """The groups as one table `(B, 1, Q, K)`."""
+        everything = torch.ones(self.num_tokens, self.key.shape[2], dtype=torch.bool, device=self.query.device)
+        rows = [everything if group is None else group.dense(self.query.device) for group in groups]
+        return torch.stack(rows)[:, None]
 
     def _attend_groups(self, value: torch.Tensor) -> torch.Tensor:
         assert self.groups is not None
@@ -296,13 +310,7 @@ class ComposedAttnProcessor:
         if groups:
             call.groups = intersect_row_groups(groups)
             if tables:  # a table was asked for on this layer, so the groups join it
-                rows = [
-                    torch.ones(call.num_tokens, call.key.shape[2], dtype=torch.bool)
-                    if group is None
-                    else group.dense()
-                    for group in call.groups
-                ]
-                tables.append(torch.stack(rows)[:, None].to(call.query.device))
+                tables.append(call.dense_groups(call.groups))
                 call.groups = None
         for table in tables:
             call.visible = table if call.visible is None else call.visible & table

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from objectcompose.adapters.locref_adapter import LocRefAdapter as LocRefAdapter
+    from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter as ObjectPromptAdapter
+    from objectcompose.attention_processors.box_control import BoxControlOptions as BoxControlOptions
     from objectcompose.attention_processors.branch import Branch as Branch
     from objectcompose.attention_processors.install import match_layers as match_layers
     from objectcompose.attention_processors.install import use_parts as use_parts
@@ -43,11 +46,16 @@ if TYPE_CHECKING:
     from objectcompose.layout import layout_from_coco as layout_from_coco
     from objectcompose.layout import load_layout as load_layout
     from objectcompose.layout import save_layout as save_layout
+    from objectcompose.pipelines.mifo_control import MIFOBoxControl as MIFOBoxControl
+    from objectcompose.pipelines.pipeline_locref import LocRefPipeline as LocRefPipeline
+    from objectcompose.pipelines.pipeline_mifo import MIFOPipeline as MIFOPipeline
+    from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline as ObjectPromptPipeline
     from objectcompose.pipelines.pipeline_output import ComposeOutput as ComposeOutput
     from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline as TokenComposePipeline
 
 # name -> module that defines it; the same names as above (tests/package compares the two)
 _PUBLIC = {
+    "BoxControlOptions": "objectcompose.attention_processors.box_control",
     "Branch": "objectcompose.attention_processors.branch",
     "CheckpointError": "objectcompose.errors",
     "CheckpointFileError": "objectcompose.errors",
@@ -60,11 +68,17 @@ _PUBLIC = {
     "LayerNotFoundError": "objectcompose.errors",
     "Layout": "objectcompose.layout",
     "LayoutError": "objectcompose.errors",
+    "LocRefAdapter": "objectcompose.adapters.locref_adapter",
+    "LocRefPipeline": "objectcompose.pipelines.pipeline_locref",
+    "MIFOBoxControl": "objectcompose.pipelines.mifo_control",
+    "MIFOPipeline": "objectcompose.pipelines.pipeline_mifo",
     "MissingFieldError": "objectcompose.errors",
     "MissingPackageError": "objectcompose.errors",
     "NonFiniteError": "objectcompose.errors",
     "ObjectComposeError": "objectcompose.errors",
     "ObjectNotFoundError": "objectcompose.errors",
+    "ObjectPromptAdapter": "objectcompose.adapters.object_prompt_adapter",
+    "ObjectPromptPipeline": "objectcompose.pipelines.pipeline_object_prompt",
     "PartConflictError": "objectcompose.errors",
     "PhraseNotFoundError": "objectcompose.errors",
     "PromptTooLongError": "objectcompose.errors",

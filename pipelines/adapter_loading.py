@@ -45,6 +45,13 @@ class AdapterLoaderMixin:
         """Detach the adapter; the pipeline is the plain one then."""
         self.register_modules(adapter=None)
 
+    def unload_ip_adapter(self) -> None:
+        """Detach all IP-Adapters; the image encoder that this pipeline's own adapter reads pictures with stays."""
+        own = {name: getattr(self, name) for name in ("image_encoder", "feature_extractor")}
+        super().unload_ip_adapter()  # type: ignore[misc]
+        if self.adapter is not None:
+            self.register_modules(**own)
+
     def check_adapter(self, adapter: Any, unet: Any) -> None:
         """Raise `CheckpointError` unless there is no adapter or it was made for this base; for `__init__`."""
         if adapter is not None and unet is not None:

@@ -264,11 +264,13 @@ def check_attention_steps(attention_steps: Any, num_steps: int) -> None:
 
 
 def check_parts(parts: Any) -> None:
-    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`."""
+    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`, or groups of parts."""
     if not isinstance(parts, (list, tuple)):
         raise ObjectComposeError(f"`parts` must be a list of attention parts, got {type(parts).__name__}.")
     for index, part in enumerate(parts):
         # by attribute, never by class: code flattened for the Hub holds second copies of our classes
+        if getattr(part, "kind", None) == "group" and hasattr(part, "bind"):
+            continue
         if getattr(part, "kind", None) not in ("mask", "branch", "probe") or not hasattr(part, "layers"):
             raise ObjectComposeError(
                 f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."

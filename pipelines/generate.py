@@ -2,6 +2,9 @@
 
     objectcompose generate --prompt "a photo of a dog and a cup" --out outputs/dog.png
     objectcompose generate --layout scene.json --attention --num-images 2 --out outputs/scene.png
+    objectcompose generate --pipeline locref --adapter owner/adapter --layout scene.json --out outputs/locref.png
+    objectcompose generate --pipeline object-prompt --adapter owner/adapter --prompt "a dog and a cup" \
+        --object dog.png --object cup.png --out outputs/both.png
 
 Without `--model` the small model that comes with the repository paints the picture.
 """
@@ -10,22 +13,37 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from objectcompose.adapters.folders import loading_errors
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
 from objectcompose.grounding.grounder import usable_device
 from objectcompose.layout import SceneObject, load_layout
+from objectcompose.pipelines.adapter_loading import adapter_class_of
+from objectcompose.pipelines.pipeline_locref import LocRefPipeline
+from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
+from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from objectcompose.pipelines.plot import overlay_output, save_png
 from objectcompose.toybox.weights import toybox_path
 
 
 HELP = "Make pictures from a prompt or a layout file."
+#: Name on the command line -> pipeline.
+PIPELINES: dict[str, Any] = {
+    "token-compose": TokenComposePipeline,
+    "locref": LocRefPipeline,
+    "mifo": MIFOPipeline,
+    "object-prompt": ObjectPromptPipeline,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +58,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORDS",
         help="with --prompt: a phrase of it to show attention for; may be repeated",
     )
+    parser.add_argument(
+        "--object",
+        action="append",
+        default=[],
+        metavar="PICTURE",
+        help="with --prompt: a picture of an object, best a cut-out with an alpha channel; may be repeated",
+    )
     parser.add_argument("--negative-prompt", help="what to steer away from")
+    parser.add_argument(
+        "--pipeline", choices=PIPELINES, default="token-compose", help="the method that paints (%(default)s)"
+    )
+    parser.add_argument("--adapter", help="folder or Hub id of the method's trained adapter")
+    parser.add_argument(
+        "--image-encoder",
+        help="folder or Hub id of the CLIP vision model that reads the pictures; default: that of the model",
+    )
     parser.add_argument("--model", help="folder or Hub id of a Stable Diffusion 1.x/2.x checkpoint; default: toybox")
     parser.add_argument("--out", type=Path, default=Path("outputs/generate.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others count up (%(default)s)")
@@ -73,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
         raise ObjectComposeError(f"`--seed` must be a whole number from 0 on, below 2**63, got {args.seed}.")
     if args.out.suffix.lower() != ".png":
         raise ObjectComposeError(f"`--out` must end in .png, got {str(args.out)!r}.")
-    pipeline = load_checkpoint(args.model, args.device)
+    pipeline = load_checkpoint(args.model, args.device, args.pipeline, args.adapter, args.image_encoder)
     generators = [torch.Generator("cpu").manual_seed(args.seed + index) for index in range(args.num_images)]
     output = pipeline(
         prompt,
@@ -98,43 +131,82 @@ def main(args: argparse.Namespace) -> int:
 
 def _read_scene(args: argparse.Namespace) -> tuple[str, list[SceneObject]]:
     if args.layout is None:
-        return args.prompt, [SceneObject(phrase=phrase) for phrase in args.phrase]
-    if args.phrase:
-        raise LayoutError("`--phrase` goes with `--prompt`; a layout names its own phrases.")
+        phrases = [SceneObject(phrase=phrase) for phrase in args.phrase]
+        return args.prompt, phrases + [SceneObject(image=picture) for picture in args.object]
+    for name in ("phrase", "object"):
+        if getattr(args, name):
+            raise LayoutError(f"`--{name}` goes with `--prompt`; a layout names its own objects.")
     layout = load_layout(args.layout)
     return layout.prompt, list(layout.objects)
 
 
-def load_checkpoint(model: str | None = None, device: str | None = None) -> TokenComposePipeline:
+def load_checkpoint(
+    model: str | None = None,
+    device: str | None = None,
+    pipeline: str = "token-compose",
+    adapter: str | None = None,
+    image_encoder: str | None = None,
+) -> Any:
     """A pipeline from a folder or Hub id, or from toybox.
 
     Args:
         model: folder or Hub id; None stands for the toybox base.
         device: where to run; None stands for "cuda" where there is one, else "cpu".
+        pipeline: one of `PIPELINES`.
+        adapter: folder or Hub id of the method's adapter; None leaves it out.
+        image_encoder: folder or Hub id of a CLIP vision model with a preprocessor config; None stands for what the
+            model has, and for toybox's with the toybox base.
 
     Raises:
-        CheckpointError: there is no usable Stable Diffusion checkpoint.
-        ObjectComposeError: the device cannot be used.
+        CheckpointError: there is no usable Stable Diffusion checkpoint, or one of the other parts cannot be loaded or
+            was made for another base.
+        ObjectComposeError: the device cannot be used, or the method has no adapter.
     """
     place = usable_device(device, "--device")  # before anything is loaded
+    pipeline_class = PIPELINES[pipeline]
     source = str(toybox_path("base")) if model is None else model
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
     if looks_local and not (Path(source).expanduser() / "model_index.json").is_file():
         raise CheckpointError(f"`--model` {source!r} is no checkpoint folder: it has no model_index.json.")
     try:
         with _quiet_loading(looks_local):
+            components = _adapter_components(pipeline, model, adapter, image_encoder)
             path = str(Path(source).expanduser()) if looks_local else source
-            pipeline = TokenComposePipeline.from_pretrained(path)
+            loaded = pipeline_class.from_pretrained(path, **components)
     except ObjectComposeError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"`--model` {source!r} cannot be loaded: {first_line}") from error
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    missing = [name for name in needed if getattr(pipeline, name) is None]
+    missing = [name for name in needed if getattr(loaded, name) is None]
     if missing:
         raise CheckpointError(f"`--model` {source!r} lacks {', '.join(missing)}.")
-    return pipeline.to(place)
+    return loaded.to(place)
+
+
+def _adapter_components(
+    pipeline: str, model: str | None, adapter: str | None, image_encoder: str | None
+) -> dict[str, Any]:
+    """The components that a method with an adapter has beside those of the checkpoint."""
+    pipeline_class = PIPELINES[pipeline]
+    components: dict[str, Any] = {}
+    if "adapter" not in inspect.signature(pipeline_class.__init__).parameters:
+        for name, value in (("--adapter", adapter), ("--image-encoder", image_encoder)):
+            if value is not None:
+                raise ObjectComposeError(f"`{name}` cannot be used: `--pipeline` {pipeline} has no adapter.")
+        return components
+    if adapter is not None:
+        components["adapter"] = adapter_class_of(pipeline_class).from_pretrained(adapter)
+    if image_encoder is None and model is None:
+        image_encoder = str(toybox_path("image_encoder"))
+    if image_encoder is not None:
+        with loading_errors(image_encoder, refuses_pickles=True):
+            components["image_encoder"] = CLIPVisionModelWithProjection.from_pretrained(
+                image_encoder, dtype=torch.float32, use_safetensors=True
+            )
+            components["feature_extractor"] = CLIPImageProcessor.from_pretrained(image_encoder)
+    return components
 
 
 @contextlib.contextmanager

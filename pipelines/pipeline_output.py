@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ class PlacedObject:
         token_indices: positions of the phrase in the encoded prompt; the start token is 0.
         box: the object's place, xyxy in fractions of width and height, or None where none is known.
         unused: fields of the object that were given and that this pipeline cannot use.
+        matched: whether a segment of the picture was taken for the object; None where nothing was matched at all.
+        similarity: cosine in [-1, 1] of the object's picture and the segment it was paired with, also where the pair
+            was refused; None without a pair.
+        region: the matched segment, float32 {0, 1}, `(H, W)`, on the CPU; None without one.
+        refinement_losses: how far the segment was from the object's picture (1 - cosine) at each step that refined it.
     """
 
     phrase: str | None = None
@@ -26,6 +31,10 @@ class PlacedObject:
     token_indices: tuple[int, ...] = ()
     box: tuple[float, float, float, float] | None = None
     unused: tuple[str, ...] = ()
+    matched: bool | None = None
+    similarity: float | None = None
+    region: torch.Tensor | None = field(default=None, compare=False)  # tensors have no plain equality
+    refinement_losses: tuple[float, ...] = ()
 
 
 @dataclass
@@ -46,3 +55,15 @@ class ComposeOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None = None
     objects: list[list[PlacedObject]] | None = None
     attention: list[dict[str, torch.Tensor]] | None = None
+
+
+@dataclass
+class LocRefOutput(ComposeOutput):
+    """Output of `LocRefPipeline`.
+
+    Attributes:
+        composite: per picture the composite image that the adapter saw, a square of the whole canvas; None unless
+            `return_composite` was set.
+    """
+
+    composite: list[Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from diffusers.utils import logging
@@ -50,42 +50,82 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
+    for prompt, row in zip(texts, rows, strict=True):
+        for index, item in enumerate(row):
+            if _object_name(item) is None:
+                raise MissingFieldError(
+                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
+                )
+    used = tuple(used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+
+
+def place_objects(
+    tokenizer: Any,
+    prompts: str | list[str] | None,
+    rows: Sequence[Sequence[SceneObject]],
+    canvas: tuple[int, int],
+    used_fields: Callable[[SceneObject], Iterable[str]],
+) -> list[list[PlacedObject]]:
+    """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
+
+    Args:
+        tokenizer: the CLIP tokenizer of the text encoder.
+        prompts: one prompt or a list of B prompts; None where only embeddings are known, and no phrase is given then.
+        rows: per prompt its objects.
+        canvas: height and width of the picture, in pixels.
+        used_fields: the fields that the method uses of an object.
+
+    Raises:
+        PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
+    """
     for row in rows:
         check_canvas(row, *canvas)
-    used = tuple(used)
-    return [_place_row(tokenizer, text, row, used, method) for text, row in zip(texts, rows, strict=True)]
+    if not any(_object_name(item) is not None for row in rows for item in row):
+        return [[_placed(item, None, "", (), used_fields) for item in row] for row in rows]
+    if prompts is None:
+        raise ObjectComposeError("`phrase` needs `prompt`: phrases cannot be found in `prompt_embeds`.")
+    if tokenizer is None:
+        raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+
+
+def _object_name(item: SceneObject) -> str | None:
+    return item.phrase if item.phrase is not None else item.token
 
 
 def _place_row(
     tokenizer: Any,
     prompt: str,
     objects: Sequence[SceneObject],
-    used: tuple[str, ...],
-    method: str,
+    used_fields: Callable[[SceneObject], Iterable[str]],
 ) -> list[PlacedObject]:
-    names = []
-    for index, item in enumerate(objects):
-        name = item.phrase if item.phrase is not None else item.token
-        if name is None:
-            raise MissingFieldError(f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none.")
-        names.append(name)
-    if not names:
-        return []
-    positions = find_phrases(tokenizer, prompt, names)
+    names = [name for name in map(_object_name, objects) if name is not None]
+    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
     placed: list[PlacedObject] = []
     seen: dict[str, int] = {}
-    for item, name, indices in zip(objects, names, positions, strict=True):
+    for item in objects:
+        name = _object_name(item)
+        if name is None:
+            placed.append(_placed(item, None, "", (), used_fields))
+            continue
         seen[name] = seen.get(name, 0) + 1
-        placed.append(
-            PlacedObject(
-                phrase=name,
-                label=name if seen[name] == 1 else f"{name} #{seen[name]}",
-                token_indices=tuple(indices),
-                box=item.box,
-                unused=tuple(object_fields_used(item, used if item.phrase is not None else (*used, "token"))),
-            )
-        )
+        label = name if seen[name] == 1 else f"{name} #{seen[name]}"
+        placed.append(_placed(item, name, label, next(positions), used_fields))
     return placed
+
+
+def _placed(
+    item: SceneObject,
+    name: str | None,
+    label: str,
+    token_indices: Iterable[int],
+    used_fields: Callable[[SceneObject], Iterable[str]],
+) -> PlacedObject:
+    used = tuple(used_fields(item))
+    unused = object_fields_used(item, used if item.phrase is not None else (*used, "token"))
+    return PlacedObject(name, label, tuple(token_indices), item.box, tuple(unused))
 
 
 def warn_unused_fields(placed: Sequence[Sequence[PlacedObject]], method: str, warned: set[str]) -> None:

@@ -13,13 +13,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 
 TEXT_WIDTH = 22
 SECOND_TEXT_WIDTH = 26
 POOLED_WIDTH = 14
+IMAGE_WIDTH = 10
+IMAGE_PROJECTION_WIDTH = 13
 KINDS = ("sd1", "sd2", "sdxl")
 
 # Each is one token at the end of a word. Order matters: a word's merges must not be cut short by those of a word
@@ -99,6 +110,43 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer | None = None, projected: bool = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1 if projected else 0)
         model = CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+    return model.eval()
+
+
+def tiny_image_encoder() -> CLIPVisionModelWithProjection:
+    """A two-layer CLIP vision model for pictures of 24 x 24 pixels, patches of 8: width 10, joint space 13."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH,
+        intermediate_size=19,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=8,
+        projection_dim=IMAGE_PROJECTION_WIDTH,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPVisionModelWithProjection(config)
+    return model.eval()
+
+
+def tiny_dino() -> Dinov2Model:
+    """A two-layer DINOv2 for pictures of 28 x 28 pixels, patches of 7, width 16."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=7
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Dinov2Model(config)
+    return model.eval()
+
+
+def tiny_tiny_vae() -> AutoencoderTiny:
+    """A tiny decoder for the latents of `tiny_vae`: one cell is 2 x 2 pixels."""
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4, **blocks)
     return model.eval()
 
 

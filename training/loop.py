@@ -45,10 +45,12 @@ class Draw:
     Attributes:
         index: of the sample in the data set.
         generator: on the CPU, for all that is random about this sample in this step.
+        step: the optimizer step, from 0, for losses that change during a run.
     """
 
     index: int
     generator: torch.Generator
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class LoopOptions:
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     weight_decay: float = 1e-2
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
     checkpointing_steps: int = 500
@@ -81,6 +84,8 @@ class LoopOptions:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ObjectComposeError(f"`{name}` must be finite and above 0, got {getattr(self, name)}.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ObjectComposeError(f"`adam_beta2` must be in [0, 1), got {self.adam_beta2}.")
         if self.report_to not in (None, "tensorboard"):
             raise ObjectComposeError(f"`report_to` must be 'tensorboard' or nothing, got {self.report_to!r}.")
         if self.seed < 0:
@@ -99,6 +104,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None
         "lr_scheduler": (str, "constant", "a schedule of diffusers"),
         "lr_warmup_steps": (int, 0, "steps of warm-up, where the schedule has one"),
         "weight_decay": (float, 1e-2, "of AdamW"),
+        "adam_beta2": (float, 0.999, "second moment's decay of AdamW"),
         "max_grad_norm": (float, 1.0, "gradients are clipped to this norm"),
         "ema_decay": (float, None, "export an exponential moving average of the weights"),
         "checkpointing_steps": (int, 500, "steps between checkpoints; the newest two are kept"),
@@ -138,7 +144,7 @@ def draws_of_batch(
     draws = []
     for place in range(first, first + size):
         mixed = np.random.SeedSequence([options.seed, step, place, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        draws.append(Draw(int(order[place]), torch.Generator().manual_seed(int(mixed))))
+        draws.append(Draw(int(order[place]), torch.Generator().manual_seed(int(mixed)), step))
     return draws
 
 
@@ -231,10 +237,15 @@ def run_loop(
     for parameter in trained:
         broadcast(parameter.data, from_process=0)
     optimizer = accelerator.prepare(
-        torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+        torch.optim.AdamW(
+            trained, lr=options.learning_rate, betas=(0.9, options.adam_beta2), weight_decay=options.weight_decay
+        )
     )
     schedule = get_scheduler(
-        options.lr_scheduler, optimizer.optimizer, options.lr_warmup_steps, num_training_steps=options.max_train_steps
+        options.lr_scheduler,
+        optimizer.optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
     )
     parts: dict[str, Any] = {"weights": NamedParameters(parameters), "optimizer": optimizer, "schedule": schedule}
     ema = None

@@ -12,7 +12,7 @@ Prints one JSON object: case -> "" or a traceback.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import inspect
 import json
 import os
 import sys
@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.package.hub_row import PACKAGE, Row
+
 
 CASES: dict[str, dict[str, Callable[[Row], None]]] = {"push": {}, "alone": {}, "offline": {}}
-PACKAGE = "objectcompose"
 
 
 class BlockedPackage:
@@ -33,43 +34,6 @@ class BlockedPackage:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"no {name} here")
-
-
-class Row:
-    """One pipeline: where its class is, its adapter's class, and what a call is given."""
-
-    def __init__(self, work: Path, module: str, class_name: str, arguments: dict[str, Any], adapter: str | None):
-        self.work, self.module, self.class_name, self.arguments = work, module, class_name, arguments
-        self.adapter = adapter
-        self.repo = f"tester/{class_name.lower()}"
-        self.code_folder = Path(work) / "package" / PACKAGE / "pipelines" / "hub_files" / module.rpartition(".")[2]
-        self.notes: dict[str, Any] = {}  # what one case leaves for a later one of the same stage
-
-    @property
-    def pipeline_class(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.class_name)
-
-    @property
-    def adapter_class(self) -> Any:
-        module, _, name = str(self.adapter).partition(":")
-        return getattr(importlib.import_module(module), name)
-
-    def picture(self, pipeline: Any) -> Any:
-        import torch
-
-        pipeline.set_progress_bar_config(disable=True)
-        arguments = dict(self.arguments)
-        if self.adapter:
-            arguments["image_tokens"] = torch.randn(1, 3, 22, generator=torch.Generator().manual_seed(9))
-        generator = torch.Generator().manual_seed(3)
-        return pipeline(**arguments, generator=generator, num_inference_steps=2, output_type="np").images
-
-    def expect(self, pipeline: Any, name: str = "main") -> None:
-        """The pipeline paints what the one that was pushed under this name painted."""
-        import numpy as np
-
-        found, wanted = self.picture(pipeline), np.load(self.work / f"{name}.npy")
-        np.testing.assert_allclose(found, wanted, atol=2e-2 if name == "fp16" else 1e-6)
 
 
 def case(stage: str) -> Callable:
@@ -108,11 +72,13 @@ def push_public_with_tag_and_branch(row: Row) -> None:
     import torch
     from huggingface_hub import HfApi
 
-    from tests.tiny import tiny_components
+    from tests.tiny import tiny_components, tiny_image_encoder
 
-    components = tiny_components()
+    components, options = tiny_components(), {}
+    if row.image_encoder:
+        options["image_encoder"] = components["image_encoder"] = tiny_image_encoder()
     if row.adapter:
-        components["adapter"] = row.adapter_class.from_unet(components["unet"], "tester/stock")
+        components["adapter"] = row.adapter_class.from_unet(components["unet"], "tester/stock", **options)
     pipeline = row.pipeline_class(**components, requires_safety_checker=False)
     row.notes["pipeline"] = pipeline
     np.save(row.work / "first.npy", row.picture(pipeline))
@@ -148,7 +114,8 @@ def push_stock_base_and_repository_without_code(row: Row) -> None:
     from huggingface_hub import HfApi
 
     pipeline = row.notes["pipeline"]
-    stock = {name: part for name, part in pipeline.components.items() if name != "adapter"}
+    wanted = inspect.signature(StableDiffusionPipeline.__init__).parameters
+    stock = {name: part for name, part in pipeline.components.items() if name in wanted}
     StableDiffusionPipeline(**stock, requires_safety_checker=False).push_to_hub("tester/stock")
     pipeline.push_to_hub(f"{row.repo}-no-code")
     api = HfApi()
@@ -188,7 +155,8 @@ def private_needs_a_token(row: Row) -> None:
 def package_needs_no_code_but_that_of_components(row: Row) -> None:
     load, repo = row.pipeline_class.from_pretrained, f"{row.repo}-no-code"
     if row.adapter:
-        must_raise(ValueError, "layer_adapter.py", load, repo)
+        code_file = f"{row.adapter.partition(':')[0].rpartition('.')[2]}.py"
+        must_raise(ValueError, code_file, load, repo)
     else:
         row.expect(load(repo))
 

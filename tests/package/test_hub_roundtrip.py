@@ -18,6 +18,7 @@ from tests.package.hub_child import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = Path(__file__).with_name("pipeline_layer_branch.py")
+REFERENCE = str(ROOT / "toybox" / "pictures" / "fluent" / "apple.png")
 # Each pipeline adds one row; `LayerBranchPipeline` stands for those with an adapter.
 ROWS = {
     "token_compose": {
@@ -26,11 +27,40 @@ ROWS = {
         "arguments": {"prompt": "a cat and a dog", "objects": [{"phrase": "cat"}]},
         "adapter": None,
     },
+    "locref": {
+        "module": "objectcompose.pipelines.pipeline_locref",
+        "class_name": "LocRefPipeline",
+        "arguments": {"prompt": "a cat and a dog"},
+        "adapter": "objectcompose.adapters.locref_adapter:LocRefAdapter",
+        "adapter_arguments": {"objects": [{"phrase": "cat", "image": REFERENCE, "box": [0.1, 0.2, 0.6, 0.9]}]},
+        "image_encoder": True,
+    },
+    "mifo": {
+        "module": "objectcompose.pipelines.pipeline_mifo",
+        "class_name": "MIFOPipeline",
+        "arguments": {
+            "prompt": "a cat and a dog",
+            "objects": [
+                {"phrase": "cat", "box": [0.1, 0.2, 0.5, 0.9]},
+                {"phrase": "dog", "box": [0.5, 0.1, 0.9, 0.9]},
+            ],
+        },
+        "adapter": None,
+    },
+    "object_prompt": {
+        "module": "objectcompose.pipelines.pipeline_object_prompt",
+        "class_name": "ObjectPromptPipeline",
+        "arguments": {"prompt": "a cat and a dog"},
+        "adapter": "objectcompose.adapters.object_prompt_adapter:ObjectPromptAdapter",
+        "adapter_arguments": {"objects": [{"phrase": "cat", "image": REFERENCE}]},
+        "image_encoder": True,
+    },
     "layer_branch": {
         "module": "objectcompose.pipelines.pipeline_layer_branch",
         "class_name": "LayerBranchPipeline",
         "arguments": {"prompt": "a cat and a dog"},
         "adapter": "objectcompose.adapters.layer_adapter:LayerAdapter",
+        "adapter_arguments": {"image_tokens": [1, 3, 22]},
     },
 }
 

@@ -7,10 +7,16 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from objectcompose.__main__ import main
+from objectcompose.adapters.locref_adapter import LocRefAdapter
 from objectcompose.layout import Layout, SceneObject, save_layout
-from tests.pipelines.helpers import compose_pipeline, sample, seeded
+from objectcompose.pipelines.pipeline_locref import LocRefPipeline
+from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
+from tests.pipelines.helpers import compose_pipeline, quiet, sample, seeded
+from tests.pipelines.object_prompt_helpers import object_picture, prompt_adapter
+from tests.tiny import tiny_components, tiny_image_encoder, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,9 @@ def test_layout_with_overlays_and_several_pictures(checkpoint, tmp_path, capsys)
         (["--layout", "box.json", "--phrase", "dog"], "--phrase"),
         (["--prompt", "a dog", "--model", "./nowhere"], "nowhere"),
         (["--prompt", "a dog", "--model", "."], "model_index.json"),
+        (["--prompt", "a dog", "--adapter", "owner/adapter"], "`--pipeline` token-compose has no adapter"),
+        (["--prompt", "a dog", "--pipeline", "locref", "--adapter", "./nowhere"], "nowhere"),
+        (["--prompt", "a dog", "--pipeline", "locref", "--image-encoder", "./nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, monkeypatch, capsys, arguments, message):
@@ -83,3 +92,54 @@ def test_broken_checkpoints_are_named(checkpoint, tmp_path, capsys):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert generate(tmp_path, tmp_path / "out.png", "--prompt", "a dog") == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_references_of_a_layout(checkpoint, tmp_path):
+    """`--pipeline locref`, with adapter and image encoder from folders of their own."""
+    encoder = tiny_image_encoder()
+    encoder.save_pretrained(tmp_path / "encoder")
+    CLIPImageProcessor().save_pretrained(tmp_path / "encoder")
+    adapter = LocRefAdapter.from_unet(tiny_unet(), "tester/base", encoder, num_tokens=3)
+    adapter.save_pretrained(tmp_path / "adapter")
+    objects = (SceneObject(image=Image.new("RGB", (9, 9), "red"), box=(0, 0, 0.5, 1)),)
+    save_layout(Layout("a dog", objects), tmp_path / "scene.json")
+    parts = ["--adapter", str(tmp_path / "adapter"), "--image-encoder", str(tmp_path / "encoder")]
+    arguments = ["--pipeline", "locref", "--layout", str(tmp_path / "scene.json"), "--guidance", "4"]
+    assert generate(checkpoint, tmp_path / "out.png", *arguments, *parts) == 0
+    pipeline = quiet(LocRefPipeline(**{**tiny_components(), "image_encoder": encoder, "adapter": adapter}))
+    call = {"generator": [seeded()], "guidance_scale": 4.0, "output_type": "pil"}
+    expected = sample(pipeline, "a dog", objects=objects, **call).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
+
+
+def test_references_without_an_adapter_are_one_line_too(checkpoint, tmp_path, capsys):
+    objects = (SceneObject(image=Image.new("RGB", (9, 9), "red"), box=(0, 0, 0.5, 1)),)
+    save_layout(Layout("a dog", objects), tmp_path / "scene.json")
+    arguments = ["--pipeline", "locref", "--layout", str(tmp_path / "scene.json")]
+    assert generate(checkpoint, tmp_path / "out.png", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "`adapter` is needed" in error and error.count("\n") == 1
+
+
+def test_pictures_of_objects_on_the_command_line(checkpoint, tmp_path, capsys):
+    """`--pipeline object-prompt`, each `--object` a file."""
+    encoder = tiny_image_encoder()
+    encoder.save_pretrained(tmp_path / "encoder")
+    CLIPImageProcessor().save_pretrained(tmp_path / "encoder")
+    adapter = prompt_adapter(tiny_unet())
+    adapter.save_pretrained(tmp_path / "adapter")
+    files = [tmp_path / f"{seed}.png" for seed in range(2)]
+    for seed, file in enumerate(files):
+        object_picture(seed).save(file)
+    parts = ["--adapter", str(tmp_path / "adapter"), "--image-encoder", str(tmp_path / "encoder"), "--guidance", "4"]
+    pictures = [word for file in files for word in ("--object", str(file))]
+    arguments = ["--pipeline", "object-prompt", "--prompt", "a dog", *pictures, *parts]
+    assert generate(checkpoint, tmp_path / "out.png", *arguments) == 0
+    pipeline = quiet(ObjectPromptPipeline(**{**tiny_components(), "image_encoder": encoder, "adapter": adapter}))
+    objects = [SceneObject(image=file) for file in files]
+    call = {"generator": [seeded()], "guidance_scale": 4.0, "output_type": "pil"}
+    expected = sample(pipeline, "a dog", objects=objects, **call).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
+    save_layout(Layout("a dog", ()), tmp_path / "scene.json")
+    assert generate(checkpoint, tmp_path / "out.png", "--layout", str(tmp_path / "scene.json"), *pictures) == 2
+    assert "`--object` goes with `--prompt`" in capsys.readouterr().err

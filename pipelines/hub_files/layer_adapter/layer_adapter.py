@@ -160,6 +160,7 @@ class GroupedVisibility:
         self.labels = labels.detach().cpu()
         self.visible = visible.detach().cpu()
         self._plans: "dict[torch.device, tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]]" = {}
+        self._tables: "dict[torch.device, torch.Tensor]" = {}
         self._intersections: "dict[int, tuple[GroupedVisibility, GroupedVisibility]]" = {}
 
     @classmethod
@@ -185,9 +186,12 @@ class GroupedVisibility:
         self._intersections[id(other)] = (other, both)  # holding `other` keeps its id from being used again
         return both
 
-    def dense(self) -> "torch.Tensor":
-        """The whole table, bool `(Q, K)`; for small grids only."""
-        return self.visible[self.labels]
+    def dense(self, device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """The whole table, bool `(Q, K)`; for small grids only. Built once per device."""
+        device = torch.device(device)
+        if device not in self._tables:
+            self._tables[device] = self.visible[self.labels].to(device)
+        return self._tables[device]
 
     def plan(self, device: "torch.device") -> "tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]":
         """Per group its query indices and key indices (None: all keys), and the order that undoes the grouping."""
@@ -261,7 +265,8 @@ class RegionKeyMask:
     Regions may overlap. A cell belongs to a region where its value is above 0.
 
     Args:
-        regions: as for `region_weights`; with a batch axis it has one entry per chosen row.
+        regions: as for `region_weights`; with a batch axis it has one entry per chosen row, or one per row of each
+            guidance half, which are `[uncond, cond]` one after the other.
         layers: which layers, a regex or a list of names.
         rows: the batch rows it holds for; None is all.
     """
@@ -301,11 +306,11 @@ class RegionKeyMask:
             self._grouped[num_tokens] = [built[content] for content in contents]
         grouped = self._grouped[num_tokens]
         chosen = rows_of_batch(self.rows, batch_size)
-        if len(grouped) not in (1, len(chosen)):
+        if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
             raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
         per_row: "list[GroupedVisibility | None]" = [None] * batch_size
         for position, row in enumerate(chosen):
-            per_row[row] = grouped[0] if len(grouped) == 1 else grouped[position]
+            per_row[row] = grouped[position % len(grouped)]
         return per_row
 
 
@@ -421,15 +426,29 @@ class AttentionCall:
         """Scaled logits in float32, `(B, heads, Q, K)`, hidden keys at -inf, and which queries see any key (None:
         all).
 
-        For cross-attention, whose keys are few. A query that sees nothing keeps finite logits; use the second value.
+        For cross-attention, whose keys are few, and for self-attention on small grids. A query that sees nothing keeps
+        finite logits; use the second value.
         """
         logits = self.query.float() @ self.key.float().transpose(-1, -2) * self.query.shape[-1] ** -0.5
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        if self.visible is None:
-            return logits, None
-        sees_any = self.visible.any(-1, keepdim=True)
-        return logits.masked_fill(~self.visible & sees_any, float("-inf")), sees_any
+        bias, sees_any = self.logit_bias()
+        return logits if bias is None else logits + bias, sees_any
+
+    def logit_bias(self) -> "tuple[torch.Tensor | None, torch.Tensor | None]":
+        """What is added to the scaled logits, float32, -inf for hidden keys (None: nothing), and which queries see any
+        key (None: all). For a query that sees nothing no key is hidden."""
+        bias = None if self.bias is None else self.bias.float()
+        visible = self.visible if self.groups is None else self.dense_groups(self.groups)
+        if visible is None:
+            return bias, None
+        sees_any = visible.any(-1, keepdim=True)
+        hidden = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible & sees_any, float("-inf"))
+        return hidden if bias is None else bias + hidden, sees_any
+
+    def dense_groups(self, groups: "list[GroupedVisibility | None]") -> "torch.Tensor":
+        """The groups as one table `(B, 1, Q, K)`."""
+        everything = torch.ones(self.num_tokens, self.key.shape[2], dtype=torch.bool, device=self.query.device)
+        rows = [everything if group is None else group.dense(self.query.device) for group in groups]
+        return torch.stack(rows)[:, None]
 
     def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
         assert self.groups is not None
@@ -598,13 +617,7 @@ class ComposedAttnProcessor:
         if groups:
             call.groups = intersect_row_groups(groups)
             if tables:  # a table was asked for on this layer, so the groups join it
-                rows = [
-                    torch.ones(call.num_tokens, call.key.shape[2], dtype=torch.bool)
-                    if group is None
-                    else group.dense()
-                    for group in call.groups
-                ]
-                tables.append(torch.stack(rows)[:, None].to(call.query.device))
+                tables.append(call.dense_groups(call.groups))
                 call.groups = None
         for table in tables:
             call.visible = table if call.visible is None else call.visible & table
@@ -744,31 +757,40 @@ def layers_of_parts(unet: "Any", parts: "Sequence[Any]") -> "dict[str, tuple[Any
 
 
 @contextmanager
-def use_parts(unet: "Any", parts: "Sequence[Any]") -> "Iterator[Mapping[str, tuple[Any, ...]]]":
+def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) -> "Iterator[Mapping[str, tuple[Any, ...]]]":
     """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
 
-    Without parts nothing is installed. Blocks may be nested: the inner one adds its parts to those of the outer one.
+    Without parts nothing is installed, though probes may be laid to rest. Blocks may be nested: the inner one adds its
+    parts to those of the outer one.
     With gradient checkpointing, run the backward pass inside the block too: it computes the layers again.
 
     Args:
         unet: a diffusers UNet, also compiled or with LoRA layers.
         parts: masks, branches and probes; see the modules of this package.
+        outer_probes: whether the probes of an outer block go on measuring. Guidance, whose passes are no part of what
+            they are to measure, lets them rest.
 
     Yields:
-        Layer name to the parts on it.
+        Layer name to the parts on it; with resting probes, also the layers where these were.
 
     Raises:
         LayerNotFoundError: a part chooses no layer.
         PartConflictError: a layer has a processor that can neither be replaced nor kept.
     """
     parts = tuple(parts)
-    if not parts:
+    if not parts and outer_probes:
         yield {}
         return
     by_layer = layers_of_parts(unet, parts)
     modules = attention_layers(unet)
+    if not outer_probes:
+        for name, module in modules.items():
+            if any(part.kind == "probe" for part in getattr(module.processor, "composed_parts", ())):
+                by_layer.setdefault(name, ())
     originals = {name: modules[name].processor for name in by_layer}
-    composed = {name: _compose_processor(name, chosen, originals[name]) for name, chosen in by_layer.items()}
+    composed = {
+        name: _compose_processor(name, chosen, originals[name], outer_probes) for name, chosen in by_layer.items()
+    }
     try:
         for name, processor in composed.items():
             _exchange_processor(modules[name], processor)
@@ -778,9 +800,12 @@ def use_parts(unet: "Any", parts: "Sequence[Any]") -> "Iterator[Mapping[str, tup
             _exchange_processor(modules[name], processor)
 
 
-def _compose_processor(name: "str", parts: "tuple[Any, ...]", current: "Any") -> "ComposedAttnProcessor":
+def _compose_processor(
+    name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
+) -> "ComposedAttnProcessor":
     if hasattr(current, "composed_parts"):  # ours, of an outer block
-        return ComposedAttnProcessor(name, (*current.composed_parts, *parts), current.original)
+        kept = (part for part in current.composed_parts if outer_probes or part.kind != "probe")
+        return ComposedAttnProcessor(name, (*kept, *parts), current.original)
     class_name = type(current).__name__
     if type(current).__module__.split(".")[0] == "diffusers":
         if class_name in PLAIN_PROCESSOR_NAMES:
@@ -1457,19 +1482,34 @@ class KeyValueProjections(nn.Module):
     def forward(
         self, key_tokens: "torch.Tensor", value_tokens: "torch.Tensor"
     ) -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
-        return {
-            name: (self.key_maps[_module_name(name)](key_tokens), self.value_maps[_module_name(name)](value_tokens))
-            for name in self.layer_widths
-        }
+        keys, values = self.keys_of(key_tokens), self.values_of(value_tokens)
+        return {name: (keys[name], values[name]) for name in self.layer_widths}
+
+    def keys_of(self, tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """The keys alone, `{layer: (B, S, width)}`."""
+        return {name: self.key_maps[_module_name(name)](tokens) for name in self.layer_widths}
+
+    def values_of(self, tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """The values alone, `{layer: (B, S, width)}`."""
+        return {name: self.value_maps[_module_name(name)](tokens) for name in self.layer_widths}
 
     @torch.no_grad()
     def copy_text_projections(self, unet: "Any") -> "None":
         """Start from the base's own text projections, as IP-Adapter does."""
         modules = attention_layers(unet)
+        weights = {}
         for name in self.layer_widths:
-            for maps, projection in ((self.key_maps, modules[name].to_k), (self.value_maps, modules[name].to_v)):
-                base = getattr(projection, "base_layer", projection)  # inside a LoRA layer
-                maps[_module_name(name)].load_state_dict({"weight": base.weight})
+            pair = (modules[name].to_k, modules[name].to_v)
+            key, value = (getattr(projection, "base_layer", projection).weight for projection in pair)  # inside LoRA
+            weights[name] = (key, value)
+        self.load_layers(weights)
+
+    @torch.no_grad()
+    def load_layers(self, weights: "Mapping[str, tuple[torch.Tensor, torch.Tensor]]") -> "None":
+        """Take over the weights of the maps to keys and to values, `(width, token_width)` each, by layer name."""
+        for name in self.layer_widths:
+            for maps, weight in zip((self.key_maps, self.value_maps), weights[name], strict=True):
+                maps[_module_name(name)].load_state_dict({"weight": weight})
 
 
 def _module_name(layer: "str") -> "str":

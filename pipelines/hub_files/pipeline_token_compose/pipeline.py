@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_token_compose by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.files, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_token_compose.
+# Merged modules: objectcompose.pipelines.call_arguments, objectcompose.pipelines.pipeline_output, objectcompose.errors, objectcompose.files, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.sampling, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_token_compose.
 # SPDX-License-Identifier: Apache-2.0
 
 """TokenComposePipeline: a prompt with several objects to a picture, and where each phrase was looked at.
@@ -35,7 +35,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import fields
+from dataclasses import replace
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.callbacks import PipelineCallback
@@ -69,6 +71,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from safetensors import SafetensorError
 from safetensors import safe_open
+from torch.autograd.function import once_differentiable
 from transformers import CLIPImageProcessor
 from transformers import CLIPTextModel
 from transformers import CLIPTokenizer
@@ -77,6 +80,167 @@ from typing import Any
 from typing import Literal
 from typing import get_args
 from typing import get_type_hints
+
+
+# --- objectcompose.pipelines.call_arguments
+
+@dataclass(frozen=True, eq=False)
+class CallArguments:
+    """The arguments that the call of every pipeline takes.
+
+    Attributes:
+        prompt: one prompt or a list of B prompts.
+        height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
+        width: as `height`.
+        num_inference_steps: number of denoising steps.
+        timesteps: custom timesteps, descending, instead of `num_inference_steps`, for schedulers that take them.
+        sigmas: custom noise levels, likewise.
+        guidance_scale: strength of classifier-free guidance; up to 1 there is none, nor a `negative_prompt`.
+        negative_prompt: what to steer away from; one text for all prompts or one each.
+        num_images_per_prompt: pictures per prompt (n).
+        eta: DDIM's noise share in [0, 1]; schedulers without it ignore it.
+        generator: source of noise; one for all pictures or a list of B * n.
+        latents: noise from N(0, 1), shape `(B * n, C, height / f, width / f)`, f the VAE's factor.
+        prompt_embeds: encoded prompts `(B, L, C)` instead of `prompt`.
+        negative_prompt_embeds: encoded negative prompts, same shape.
+        ip_adapter_image: one picture (or list) per loaded IP-Adapter.
+        ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
+        output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
+        return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+        cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
+        guidance_rescale: see `rescale_guided_noise`.
+        clip_skip: how many of the text encoder's last layers to skip.
+        callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
+            return tensors that replace the loop's.
+        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+        parts: attention parts of other methods, installed while the loop runs and removed after it.
+        return_attention: return a map for each object's phrase.
+        attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
+            the decoder.
+        attention_steps: iterations of the loop to average over, from 0, as callbacks count them. Default: all.
+    """
+
+    prompt: "str | list[str] | None"
+    height: "int"
+    width: "int"
+    num_inference_steps: "int"
+    timesteps: "list[int] | None"
+    sigmas: "list[float] | None"
+    guidance_scale: "float"
+    negative_prompt: "str | list[str] | None"
+    num_images_per_prompt: "int"
+    eta: "float"
+    generator: "torch.Generator | list[torch.Generator] | None"
+    latents: "torch.Tensor | None"
+    prompt_embeds: "torch.Tensor | None"
+    negative_prompt_embeds: "torch.Tensor | None"
+    ip_adapter_image: "Any"
+    ip_adapter_image_embeds: "list[torch.Tensor] | None"
+    output_type: "str"
+    return_dict: "bool"
+    cross_attention_kwargs: "dict[str, Any] | None"
+    guidance_rescale: "float"
+    clip_skip: "int | None"
+    callback_on_step_end: "Callable | None"
+    callback_on_step_end_tensor_inputs: "Sequence[str]"
+    parts: "Sequence[Any]"
+    return_attention: "bool"
+    attention_layers: "str | Sequence[str] | None"
+    attention_steps: "Sequence[int] | None"
+
+    @property
+    def lora_scale(self) -> "float | None":
+        """Strength of LoRA layers, for the text encoder."""
+        return None if self.cross_attention_kwargs is None else self.cross_attention_kwargs.get("scale")
+
+
+@dataclass(eq=False)
+class SamplingState:
+    """What a running call has prepared and what its loop changes.
+
+    Attributes:
+        device: where the call runs.
+        schedule: the scheduler's timesteps; one iteration of the loop each.
+        num_inference_steps: steps they stand for, for the progress bar.
+        prompt_embeds: encoded prompts, `(2 * M, L, C)` as [uncond, cond] under guidance, else `(M, L, C)`; M pictures.
+        negative_prompt_embeds: the unconditional half, or None.
+        latents: `(M, C, h, w)`, on the scheduler's scale.
+        added_cond_kwargs: IP-Adapter's embeddings for the UNet, or None.
+        timestep_cond: the guidance scale as a condition of distilled UNets, or None.
+        extra_step_kwargs: of the scheduler's `step`.
+    """
+
+    device: "torch.device"
+    schedule: "torch.Tensor"
+    num_inference_steps: "int"
+    prompt_embeds: "torch.Tensor"
+    negative_prompt_embeds: "torch.Tensor | None"
+    latents: "torch.Tensor"
+    added_cond_kwargs: "dict[str, Any] | None"
+    timestep_cond: "torch.Tensor | None"
+    extra_step_kwargs: "dict[str, Any]"
+
+
+# --- objectcompose.pipelines.pipeline_output
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """What a pipeline made of one object of one picture.
+
+    Attributes:
+        phrase: the object's phrase as given, or None.
+        label: the name under which `ComposeOutput.attention` lists it: the phrase, with " #2", " #3" ... for repeats.
+        token_indices: positions of the phrase in the encoded prompt; the start token is 0.
+        box: the object's place, xyxy in fractions of width and height, or None where none is known.
+        unused: fields of the object that were given and that this pipeline cannot use.
+        matched: whether a segment of the picture was taken for the object; None where nothing was matched at all.
+        similarity: cosine in [-1, 1] of the object's picture and the segment it was paired with, also where the pair
+            was refused; None without a pair.
+        region: the matched segment, float32 {0, 1}, `(H, W)`, on the CPU; None without one.
+        refinement_losses: how far the segment was from the object's picture (1 - cosine) at each step that refined it.
+    """
+
+    phrase: "str | None" = None
+    label: "str" = ""
+    token_indices: "tuple[int, ...]" = ()
+    box: "tuple[float, float, float, float] | None" = None
+    unused: "tuple[str, ...]" = ()
+    matched: "bool | None" = None
+    similarity: "float | None" = None
+    region: "torch.Tensor | None" = field(default=None, compare=False)  # tensors have no plain equality
+    refinement_losses: "tuple[float, ...]" = ()
+
+
+@dataclass
+class ComposeOutput(BaseOutput):
+    """Output of every pipeline of the package.
+
+    Attributes:
+        images: list of B PIL images; or an array `(B, H, W, 3)` in [0, 1]; or a tensor `(B, 3, H, W)` in [0, 1]; or
+            latents `(B, C, h, w)`, as `output_type` says. B counts pictures: prompts times `num_images_per_prompt`.
+        nsfw_content_detected: B verdicts of the safety checker, or None without one.
+        objects: per picture, what became of each object, in the order given; None when no objects were given.
+        attention: per picture, a map `(h, w)`, float32 on the CPU, for the `label` of each object: the mean over the
+            chosen layers and steps of the attention that the phrase's tokens receive from each place, in [0, 1]. None
+            unless `return_attention` was set.
+    """
+
+    images: "Any"  # which of the kinds above it is depends on `output_type`, beyond what a type checker follows
+    nsfw_content_detected: "list[bool] | None" = None
+    objects: "list[list[PlacedObject]] | None" = None
+    attention: "list[dict[str, torch.Tensor]] | None" = None
+
+
+@dataclass
+class LocRefOutput(ComposeOutput):
+    """Output of `LocRefPipeline`.
+
+    Attributes:
+        composite: per picture the composite image that the adapter saw, a square of the whole canvas; None unless
+            `return_composite` was set.
+    """
+
+    composite: "list[Any] | None" = None
 
 
 # --- objectcompose.errors
@@ -135,1699 +299,6 @@ class ObjectNotFoundError(ObjectComposeError):
 
 class MissingPackageError(ObjectComposeError):
     """An optional package is needed that is not installed; the message holds the line that installs it."""
-
-
-# --- objectcompose.attention_processors.mask
-
-def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | str | None" = None) -> "torch.Tensor":
-    """Regions on the grid that has `num_tokens` cells, flattened.
-
-    Args:
-        regions: a float tensor `(N, h, w)` or `(B, N, h, w)`, a mapping from the number of cells to such a tensor, or
-            an object with `at_tokens(num_tokens, device)` that returns one. Values in [0, 1], 1 = inside.
-        num_tokens: cells of the attention layer's grid.
-        device: where the result lives; the regions' own device when None.
-
-    Returns:
-        float32 `(B | 1, N, num_tokens)`.
-
-    Raises:
-        RegionError: the regions do not exist on a grid of that many cells, or have the wrong number of axes.
-    """
-    if hasattr(regions, "at_tokens"):
-        grid = regions.at_tokens(num_tokens, device)
-    elif isinstance(regions, Mapping):
-        if num_tokens not in regions:
-            raise RegionError(f"`regions` has no grid of {num_tokens} cells, only of {sorted(regions)} cells.")
-        grid = regions[num_tokens]
-    else:
-        grid = regions
-    if grid.ndim not in (3, 4):
-        raise RegionError(f"`regions` must have shape (N, h, w) or (B, N, h, w), got {tuple(grid.shape)}.")
-    if grid.shape[-2] * grid.shape[-1] != num_tokens:
-        raise RegionError(
-            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit a layer of {num_tokens} cells;"
-            " pass one grid per resolution or an object with `at_tokens`."
-        )
-    flat = grid.flatten(-2).to(device=device, dtype=torch.float32)
-    return flat if flat.ndim == 3 else flat[None]
-
-
-def rows_of_batch(rows: "slice | None", batch_size: "int") -> "range":
-    """The batch rows that a part's `rows` chooses (all of them for None).
-
-    Raises:
-        PartConflictError: it chooses none, such as the conditional half of a call without guidance.
-    """
-    chosen = range(batch_size) if rows is None else range(batch_size)[rows]
-    if not len(chosen):
-        raise PartConflictError(f"`rows` of a part must choose some of the {batch_size} batch rows, got {rows}.")
-    return chosen
-
-
-class GroupedVisibility:
-    """Which keys each query sees, as few groups: query `x` sees key `y` where `visible[labels[x], y]`.
-
-    Args:
-        labels: int64 `(Q,)`, the group of each query.
-        visible: bool `(G, K)`, the keys that a group sees.
-    """
-
-    def __init__(self, labels: "torch.Tensor", visible: "torch.Tensor"):
-        self.labels = labels.detach().cpu()
-        self.visible = visible.detach().cpu()
-        self._plans: "dict[torch.device, tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]]" = {}
-        self._intersections: "dict[int, tuple[GroupedVisibility, GroupedVisibility]]" = {}
-
-    @classmethod
-    def from_regions(cls, members: "torch.Tensor") -> "GroupedVisibility":
-        """The box rule for `members`, bool `(N, Q)`: a region's cell sees its own and the background."""
-        members = members.detach().cpu()
-        if not len(members):  # all is background
-            num_cells = members.shape[1]
-            return cls(torch.zeros(num_cells, dtype=torch.int64), torch.ones(1, num_cells, dtype=torch.bool))
-        patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
-        background_keys = ~members.any(0)  # (Q,)
-        own_keys = (patterns.float() @ members.float()) > 0  # (G, Q)
-        background_group = ~patterns.any(1, keepdim=True)  # (G, 1)
-        return cls(labels, own_keys | background_keys | background_group)
-
-    def intersect(self, other: "GroupedVisibility") -> "GroupedVisibility":
-        """Both at once (AND); kept, since every layer of one resolution asks for the same pair."""
-        known = self._intersections.get(id(other))
-        if known is not None:
-            return known[1]
-        pairs, labels = torch.unique(torch.stack([self.labels, other.labels]), dim=1, return_inverse=True)
-        both = GroupedVisibility(labels, self.visible[pairs[0]] & other.visible[pairs[1]])
-        self._intersections[id(other)] = (other, both)  # holding `other` keeps its id from being used again
-        return both
-
-    def dense(self) -> "torch.Tensor":
-        """The whole table, bool `(Q, K)`; for small grids only."""
-        return self.visible[self.labels]
-
-    def plan(self, device: "torch.device") -> "tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]":
-        """Per group its query indices and key indices (None: all keys), and the order that undoes the grouping."""
-        if device not in self._plans:
-            groups, order = [], []
-            for group, keys in enumerate(self.visible):
-                queries = (self.labels == group).nonzero()[:, 0]
-                if len(queries) == 0:
-                    continue
-                order.append(queries)
-                groups.append((queries.to(device), None if bool(keys.all()) else keys.nonzero()[:, 0].to(device)))
-            self._plans[device] = (groups, torch.argsort(torch.cat(order)).to(device))
-        return self._plans[device]
-
-
-class KeyMask:
-    """A table of visibility for cross-attention.
-
-    Args:
-        visible: bool `(K,)`, `(Q, K)` or `(B, Q, K)`: True where query cell Q may see key K; or a mapping from the
-            number of query cells to such a tensor, or an object with `at_tokens(num_tokens, device)` returning one
-            (a table, not regions). Best on the model's device: from elsewhere it is copied in every call.
-        layers: which layers, a regex or a list of names.
-        rows: the batch rows it holds for (such as the conditional half, `slice(1, None)` of two); None is all. Other
-            rows see every key. A 3-D table has one entry per chosen row, or one for all.
-    """
-
-    kind = "mask"
-    attention = "any"
-    gathered = False
-
-    def __init__(self, visible: "Any", layers: "str | Sequence[str]" = r"attn2$", rows: "slice | None" = None):
-        self.visible = visible
-        self.layers = layers
-        self.rows = rows
-
-    def table(self, batch_size: "int", num_tokens: "int", num_keys: "int", device: "torch.device") -> "torch.Tensor":
-        """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
-
-        Raises:
-            RegionError: the table does not fit the layer's queries, keys or batch.
-        """
-        visible = self.visible
-        if hasattr(visible, "at_tokens"):
-            visible = visible.at_tokens(num_tokens, device)
-        elif isinstance(visible, Mapping):
-            if num_tokens not in visible:
-                raise RegionError(f"`visible` has no table for {num_tokens} query cells, only for {sorted(visible)}.")
-            visible = visible[num_tokens]
-        visible = visible.to(device=device, dtype=torch.bool)
-        while visible.ndim < 3:
-            visible = visible[None]
-        chosen = rows_of_batch(self.rows, batch_size)
-        rows, queries, keys = visible.shape
-        if keys != num_keys or queries not in (1, num_tokens) or rows not in (1, len(chosen)):
-            raise RegionError(
-                f"`visible` must broadcast to ({len(chosen)}, {num_tokens}, {num_keys}) (rows, query cells, keys),"
-                f" got {tuple(visible.shape)}."
-            )
-        if self.rows is None:
-            return visible
-        everywhere = visible.new_ones(batch_size, queries, keys)
-        everywhere[self.rows] = visible
-        return everywhere
-
-
-class RegionKeyMask:
-    """The box rule for self-attention, without a table of all pairs of cells.
-
-    A cell inside regions sees the cells of those regions and the background; a background cell sees every cell.
-    Regions may overlap. A cell belongs to a region where its value is above 0.
-
-    Args:
-        regions: as for `region_weights`; with a batch axis it has one entry per chosen row.
-        layers: which layers, a regex or a list of names.
-        rows: the batch rows it holds for; None is all.
-    """
-
-    kind = "mask"
-    attention = "self"
-    gathered = True
-
-    def __init__(self, regions: "Any", layers: "str | Sequence[str]" = r"attn1$", rows: "slice | None" = None):
-        self._regions = regions
-        self.layers = layers
-        self.rows = rows
-        self._grouped: "dict[int, list[GroupedVisibility]]" = {}
-
-    @property
-    def regions(self) -> "Any":
-        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
-        return self._regions
-
-    @regions.setter
-    def regions(self, regions: "Any") -> "None":
-        self._regions = regions
-        self._grouped = {}
-
-    def groups(self, batch_size: "int", num_tokens: "int") -> "list[GroupedVisibility | None]":
-        """Per batch row what its queries see; None where this mask says nothing.
-
-        Raises:
-            RegionError: the regions do not fit the grid or the batch.
-        """
-        if num_tokens not in self._grouped:
-            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
-            contents = [row.numpy().tobytes() for row in members]
-            distinct = dict(zip(contents, members, strict=True))
-            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
-            self._grouped[num_tokens] = [built[content] for content in contents]
-        grouped = self._grouped[num_tokens]
-        chosen = rows_of_batch(self.rows, batch_size)
-        if len(grouped) not in (1, len(chosen)):
-            raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
-        per_row: "list[GroupedVisibility | None]" = [None] * batch_size
-        for position, row in enumerate(chosen):
-            per_row[row] = grouped[0] if len(grouped) == 1 else grouped[position]
-        return per_row
-
-
-def intersect_row_groups(
-    masks: "Sequence[list[GroupedVisibility | None]]",
-) -> "list[GroupedVisibility | None]":
-    """AND of several masks' groups, row by row."""
-    combined = list(masks[0])
-    for groups in masks[1:]:
-        for row, group in enumerate(groups):
-            known = combined[row]
-            if known is None or group is None:
-                combined[row] = known or group
-            else:
-                combined[row] = known.intersect(group)
-    return combined
-
-
-# --- objectcompose.attention_processors.processor
-
-def split_heads(states: "torch.Tensor", heads: "int") -> "torch.Tensor":
-    """`(B, L, C)` to `(B, heads, L, C / heads)`."""
-    return states.unflatten(-1, (heads, states.shape[-1] // heads)).transpose(1, 2)
-
-
-def merge_heads(states: "torch.Tensor") -> "torch.Tensor":
-    """`(B, heads, L, d)` to `(B, L, heads * d)`."""
-    return states.transpose(1, 2).flatten(2)
-
-
-def attend_visible(
-    query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", visible: "torch.Tensor | None"
-) -> "torch.Tensor":
-    """Fused attention under a boolean table; a query that sees no key yields zero.
-
-    Args:
-        query, key, value: `(B, heads, L, d)`.
-        visible: bool, broadcastable to `(B, heads, Q, K)`, or None for everything.
-    """
-    if visible is None:
-        return F.scaled_dot_product_attention(query, key, value)
-    sees_any = visible.any(-1, keepdim=True)
-    # A blind query looks at everything and is zeroed afterwards: kernels disagree on rows without a key (NaN in some).
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees_any)
-    return torch.where(sees_any, attended, torch.zeros((), dtype=attended.dtype, device=attended.device))
-
-
-@dataclass
-class AttentionCall:
-    """One call of one attention layer, as parts see it.
-
-    Attributes:
-        name: the layer, such as `mid_block.attentions.0.transformer_blocks.0.attn2`.
-        is_cross: False for self-attention.
-        query: `(B, heads, Q, d)`, one row per cell of the layer's grid.
-        key: `(B, heads, K, d)`: text tokens, or the cells themselves.
-        bias: additive mask from the model's caller, `(B, heads, 1 | Q, K)`, or None.
-        visible: all tables of mask parts together, bool `(B | 1, 1, 1 | Q, K)`, or None.
-        groups: per batch row what gathered masks let its queries see, or None.
-    """
-
-    name: "str"
-    is_cross: "bool"
-    query: "torch.Tensor"
-    key: "torch.Tensor"
-    bias: "torch.Tensor | None" = None
-    visible: "torch.Tensor | None" = None
-    groups: "list[GroupedVisibility | None] | None" = None
-
-    @property
-    def batch_size(self) -> "int":
-        return self.query.shape[0]
-
-    @property
-    def heads(self) -> "int":
-        return self.query.shape[1]
-
-    @property
-    def num_tokens(self) -> "int":
-        """Cells of the layer's grid."""
-        return self.query.shape[2]
-
-    def select(self, rows: "slice | None") -> "AttentionCall":
-        """The same call for some batch rows, at least one (PartConflictError)."""
-        if rows is None:
-            return self
-        rows_of_batch(rows, self.batch_size)
-        visible = self.visible if self.visible is None or self.visible.shape[0] == 1 else self.visible[rows]
-        return AttentionCall(
-            self.name,
-            self.is_cross,
-            self.query[rows],
-            self.key[rows],
-            None if self.bias is None else self.bias[rows],
-            visible,
-            None if self.groups is None else self.groups[rows],
-        )
-
-    def attend(self, value: "torch.Tensor") -> "torch.Tensor":
-        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`."""
-        if self.groups is not None:
-            return self._attend_groups(value)
-        if self.bias is None:
-            return attend_visible(self.query, self.key, value, self.visible)
-        if self.visible is None:
-            return F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=self.bias)
-        sees_any = self.visible.any(-1, keepdim=True)
-        bias = self.bias.masked_fill(~self.visible & sees_any, float("-inf"))
-        attended = F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=bias)
-        return torch.where(sees_any, attended, torch.zeros((), dtype=attended.dtype, device=attended.device))
-
-    def logits(self) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Scaled logits in float32, `(B, heads, Q, K)`, hidden keys at -inf, and which queries see any key (None:
-        all).
-
-        For cross-attention, whose keys are few. A query that sees nothing keeps finite logits; use the second value.
-        """
-        logits = self.query.float() @ self.key.float().transpose(-1, -2) * self.query.shape[-1] ** -0.5
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        if self.visible is None:
-            return logits, None
-        sees_any = self.visible.any(-1, keepdim=True)
-        return logits.masked_fill(~self.visible & sees_any, float("-inf")), sees_any
-
-    def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
-        assert self.groups is not None
-        rows_by_group: "dict[int, list[int]]" = {}
-        for row, group in enumerate(self.groups):
-            rows_by_group.setdefault(id(group), []).append(row)
-        if len(rows_by_group) == 1:
-            return self._attend_rows(value, self.groups[0], None)
-        by_row: "dict[int, torch.Tensor]" = {}
-        for rows in rows_by_group.values():
-            attended = self._attend_rows(value, self.groups[rows[0]], rows)
-            by_row.update(zip(rows, attended.split(1), strict=True))
-        return torch.cat([by_row[row] for row in range(self.batch_size)])
-
-    def _attend_rows(
-        self, value: "torch.Tensor", group: "GroupedVisibility | None", rows: "list[int] | None"
-    ) -> "torch.Tensor":
-        query, key, bias = self.query, self.key, self.bias
-        if rows is not None:
-            query, key, value = (_pick_rows(x, rows) for x in (query, key, value))
-            bias = None if bias is None else _pick_rows(bias, rows)
-        if group is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        plan, undo = group.plan(query.device)
-        pieces = []
-        for queries, keys in plan:
-            some_query = query.index_select(2, queries)
-            if keys is not None and len(keys) == 0:
-                pieces.append(some_query.new_zeros(*some_query.shape[:-1], value.shape[-1]))
-                continue
-            some_key, some_value, some_bias = key, value, bias
-            if bias is not None and bias.shape[-2] > 1:
-                some_bias = bias.index_select(2, queries)
-            if keys is not None:
-                some_key, some_value = key.index_select(2, keys), value.index_select(2, keys)
-                some_bias = None if some_bias is None else some_bias.index_select(3, keys)
-            pieces.append(F.scaled_dot_product_attention(some_query, some_key, some_value, attn_mask=some_bias))
-        return torch.cat(pieces, dim=2).index_select(2, undo)
-
-
-def _pick_rows(tensor: "torch.Tensor", rows: "Sequence[int]") -> "torch.Tensor":
-    """Some batch rows; slices, because a list of indices would be copied to the device, and waited for, each call."""
-    return torch.cat([tensor[row : row + 1] for row in rows])
-
-
-class _BareAttentionView:
-    """An attention module as a kept processor sees it: input already normalised, output not yet projected.
-
-    The kept processor's own `to_out`, residual and rescaling are left to the composed processor, so that branches act
-    before the output projection.
-    """
-
-    group_norm = None
-    spatial_norm = None
-    residual_connection = False
-    rescale_output_factor = 1.0
-
-    def __init__(self, attn: "Any"):
-        self._attn = attn
-        self.to_out = (_same_states, _same_states)
-
-    def __getattr__(self, name: "str") -> "Any":
-        return getattr(self._attn, name)
-
-
-def _same_states(states: "torch.Tensor") -> "torch.Tensor":
-    return states
-
-
-class ComposedAttnProcessor:
-    """Attention of one layer with its parts.
-
-    Args:
-        name: the layer's name, under which probes store.
-        parts: masks, branches and probes of this layer; with none the layer computes what `AttnProcessor2_0` does.
-        original: a processor that is kept and called for the layer's own attention (IP-Adapter's); None computes it
-            here.
-    """
-
-    def __init__(self, name: "str" = "", parts: "Sequence[Any]" = (), original: "Any" = None):
-        self.name = name
-        self.composed_parts = tuple(parts)
-        self.original = original
-        self._masks = tuple(part for part in self.composed_parts if part.kind == "mask")
-        self._branches = tuple(part for part in self.composed_parts if part.kind == "branch")
-        self._probes = tuple(part for part in self.composed_parts if part.kind == "probe")
-
-    def __call__(
-        self,
-        attn: "Any",
-        hidden_states: "torch.Tensor",
-        encoder_hidden_states: "torch.Tensor | tuple | None" = None,
-        attention_mask: "torch.Tensor | None" = None,
-        temb: "torch.Tensor | None" = None,
-        ip_adapter_masks: "Any" = None,
-    ) -> "torch.Tensor":
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
-        if image_shape is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, HW, C)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-
-        call, value = self._project(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if self.original is None:
-            attended = merge_heads(call.attend(value))
-        else:
-            attended = self._attend_kept(
-                attn, call, value, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks
-            )
-        attended = attended.to(call.query.dtype)
-        for probe in self._probes:
-            probe.measure(call)
-        if self._branches:
-            attended = self._add_branches(attended, call)
-
-        hidden_states = attn.to_out[1](attn.to_out[0](attended))
-        if image_shape is not None:
-            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
-
-    def _project(
-        self, attn: "Any", hidden_states: "torch.Tensor", encoder_hidden_states: "Any", attention_mask: "torch.Tensor | None"
-    ) -> "tuple[AttentionCall, torch.Tensor]":
-        is_cross = encoder_hidden_states is not None
-        key_states = self._text_states(encoder_hidden_states) if is_cross else hidden_states
-        bias = None
-        if attention_mask is not None:
-            batch_size, num_keys = key_states.shape[:2]
-            bias = attn.prepare_attention_mask(attention_mask, num_keys, batch_size)
-            bias = bias.view(batch_size, attn.heads, -1, bias.shape[-1])
-        if is_cross and attn.norm_cross:
-            key_states = attn.norm_encoder_hidden_states(key_states)
-        # The modules are called, never their weights: LoRA wraps the module.
-        query = split_heads(attn.to_q(hidden_states), attn.heads)
-        key = split_heads(attn.to_k(key_states), attn.heads)
-        value = split_heads(attn.to_v(key_states), attn.heads)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        call = AttentionCall(self.name, is_cross, query, key, bias)
-        self._apply_masks(call)
-        return call, value
-
-    def _text_states(self, encoder_hidden_states: "Any") -> "torch.Tensor":
-        if isinstance(encoder_hidden_states, tuple):  # (text, image embeddings): diffusers' form with an IP-Adapter
-            return encoder_hidden_states[0]
-        if self.original is not None:  # the older form, image tokens appended to the text
-            return encoder_hidden_states[:, : encoder_hidden_states.shape[1] - self.original.num_tokens[0]]
-        return encoder_hidden_states
-
-    def _apply_masks(self, call: "AttentionCall") -> "None":
-        tables, groups = [], []
-        for mask in self._masks:
-            if mask.gathered:
-                groups.append(mask.groups(call.batch_size, call.num_tokens))
-            else:
-                tables.append(
-                    mask.table(call.batch_size, call.num_tokens, call.key.shape[2], call.query.device)[:, None]
-                )
-        if groups:
-            call.groups = intersect_row_groups(groups)
-            if tables:  # a table was asked for on this layer, so the groups join it
-                rows = [
-                    torch.ones(call.num_tokens, call.key.shape[2], dtype=torch.bool)
-                    if group is None
-                    else group.dense()
-                    for group in call.groups
-                ]
-                tables.append(torch.stack(rows)[:, None].to(call.query.device))
-                call.groups = None
-        for table in tables:
-            call.visible = table if call.visible is None else call.visible & table
-
-    def _attend_kept(
-        self,
-        attn: "Any",
-        call: "AttentionCall",
-        value: "torch.Tensor",
-        hidden_states: "torch.Tensor",
-        encoder_hidden_states: "Any",
-        attention_mask: "torch.Tensor | None",
-        temb: "torch.Tensor | None",
-        ip_adapter_masks: "Any",
-    ) -> "torch.Tensor":
-        kept = self.original(
-            _BareAttentionView(attn),
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=attention_mask,
-            temb=temb,
-            ip_adapter_masks=ip_adapter_masks,
-        )
-        if call.visible is None and call.groups is None:
-            return kept
-        # Masks are about the text keys; the image part of the kept processor stays as it is.
-        unmasked = AttentionCall(call.name, call.is_cross, call.query, call.key, call.bias)
-        return kept + merge_heads(call.attend(value)) - merge_heads(unmasked.attend(value))
-
-    def _add_branches(self, attended: "torch.Tensor", call: "AttentionCall") -> "torch.Tensor":
-        replacing = [branch for branch in self._branches if branch.mode == "replace"]
-        if len(replacing) > 1:
-            replacing[0].refuse_overlap(replacing, call)
-        for branch in replacing:
-            attended = branch.replace_in(attended, call)
-        for branch in self._branches:
-            if branch.mode == "add":
-                attended = branch.add_to(attended, call)
-        return attended
-
-
-# --- objectcompose.attention_processors.install
-
-# By name, not by class: some exist only in some diffusers versions, and a subclass may compute something else.
-PLAIN_PROCESSOR_NAMES = (
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "AttnProcessorNPU",
-    "FusedAttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-)
-KEPT_PROCESSOR_NAMES = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
-_KEPT_MODULE_NAME = "kept_processor"
-
-
-def plain_unet(unet: "Any") -> "Any":
-    """The diffusers model inside compile, data-parallel and PEFT wrappers."""
-    while True:
-        if hasattr(unet, "_orig_mod"):
-            unet = unet._orig_mod
-        elif isinstance(unet, torch.nn.parallel.DistributedDataParallel):
-            unet = unet.module
-        elif hasattr(unet, "get_base_model"):
-            unet = unet.get_base_model()
-        else:
-            return unet
-
-
-def attention_layers(unet: "Any") -> "dict[str, Any]":
-    """Name to module of every attention layer, in the model's own order (which is not call order)."""
-    return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
-
-
-def match_layers(unet: "Any", layers: "str | Sequence[str]", kind: "Literal['self', 'cross'] | None" = None) -> "list[str]":
-    """Names of the attention layers that `layers` chooses.
-
-    Args:
-        unet: a model with diffusers attention layers.
-        layers: a regex, searched in names such as `mid_block.attentions.0.transformer_blocks.0.attn2`, or a list of
-            such names (with or without `.processor` at the end).
-        kind: only layers of self- or of cross-attention; None is both.
-
-    Raises:
-        LayerNotFoundError: the pattern is no regex or chooses nothing, or a name does not exist.
-    """
-    modules = attention_layers(unet)
-    candidates = [name for name, module in modules.items() if kind is None or _is_cross(module) == (kind == "cross")]
-    which = "attention" if kind is None else f"{kind}-attention"
-    if isinstance(layers, str):
-        try:
-            chosen = [name for name in candidates if re.search(layers, name)]
-        except re.error as error:
-            raise LayerNotFoundError(f"`layers` is not a regular expression ({error}): {layers!r}.") from error
-        if not chosen:
-            example = candidates[0] if candidates else "none"
-            raise LayerNotFoundError(
-                f"`layers` {layers!r} matches none of the {len(candidates)} {which} layers of the model,"
-                f" which have names like {example}."
-            )
-        return chosen
-    chosen = [name.removesuffix(".processor") for name in layers]
-    if not chosen:
-        raise LayerNotFoundError("`layers` must name at least one layer, got an empty list.")
-    for name in chosen:
-        if name not in candidates:
-            close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.0)
-            raise LayerNotFoundError(
-                f"`layers` names {name!r}, which is no {which} layer of the model; closest: {close}."
-            )
-    return list(dict.fromkeys(chosen))
-
-
-def _is_cross(module: "Any") -> "bool":
-    return bool(getattr(module, "is_cross_attention", False))
-
-
-def layers_of_parts(unet: "Any", parts: "Sequence[Any]") -> "dict[str, tuple[Any, ...]]":
-    """Layer name to the parts that act on it, in the order given.
-
-    Raises:
-        LayerNotFoundError: a part's pattern matches nothing, or it lacks keys and values for a layer.
-        ObjectComposeError: something that is no part.
-    """
-    by_layer: "dict[str, list[Any]]" = {}
-    for part in parts:
-        if getattr(part, "kind", None) not in ("mask", "branch", "probe"):
-            raise ObjectComposeError(f"`parts` must hold masks, branches and probes, got {type(part).__name__}.")
-        attention = getattr(part, "attention", "any")  # "self", "cross" or "any"
-        kind: "Any" = None if attention == "any" else attention
-        names = match_layers(unet, part.layers, kind)
-        if hasattr(part, "check_layers"):
-            part.check_layers(names)
-        for name in names:
-            by_layer.setdefault(name, []).append(part)
-    return {name: tuple(chosen) for name, chosen in by_layer.items()}
-
-
-@contextmanager
-def use_parts(unet: "Any", parts: "Sequence[Any]") -> "Iterator[Mapping[str, tuple[Any, ...]]]":
-    """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
-
-    Without parts nothing is installed. Blocks may be nested: the inner one adds its parts to those of the outer one.
-    With gradient checkpointing, run the backward pass inside the block too: it computes the layers again.
-
-    Args:
-        unet: a diffusers UNet, also compiled or with LoRA layers.
-        parts: masks, branches and probes; see the modules of this package.
-
-    Yields:
-        Layer name to the parts on it.
-
-    Raises:
-        LayerNotFoundError: a part chooses no layer.
-        PartConflictError: a layer has a processor that can neither be replaced nor kept.
-    """
-    parts = tuple(parts)
-    if not parts:
-        yield {}
-        return
-    by_layer = layers_of_parts(unet, parts)
-    modules = attention_layers(unet)
-    originals = {name: modules[name].processor for name in by_layer}
-    composed = {name: _compose_processor(name, chosen, originals[name]) for name, chosen in by_layer.items()}
-    try:
-        for name, processor in composed.items():
-            _exchange_processor(modules[name], processor)
-        yield by_layer
-    finally:
-        for name, processor in originals.items():
-            _exchange_processor(modules[name], processor)
-
-
-def _compose_processor(name: "str", parts: "tuple[Any, ...]", current: "Any") -> "ComposedAttnProcessor":
-    if hasattr(current, "composed_parts"):  # ours, of an outer block
-        return ComposedAttnProcessor(name, (*current.composed_parts, *parts), current.original)
-    class_name = type(current).__name__
-    if type(current).__module__.split(".")[0] == "diffusers":
-        if class_name in PLAIN_PROCESSOR_NAMES:
-            return ComposedAttnProcessor(name, parts)
-        if class_name in KEPT_PROCESSOR_NAMES:
-            return ComposedAttnProcessor(name, parts, current)
-    raise PartConflictError(
-        f"layer {name} has the processor {class_name}, which can neither be replaced nor kept; set another one first,"
-        " such as with `unet.set_attn_processor(AttnProcessor2_0())`."
-    )
-
-
-def _exchange_processor(module: "Any", processor: "Any") -> "None":
-    """Set a processor; a module that the new one keeps stays in the tree, so that offloading still moves it."""
-    if _KEPT_MODULE_NAME in module._modules:
-        del module._modules[_KEPT_MODULE_NAME]
-    if "processor" in module._modules:
-        del module._modules["processor"]
-    kept = getattr(processor, "original", None)
-    if isinstance(kept, torch.nn.Module):
-        module.add_module(_KEPT_MODULE_NAME, kept)
-    module.set_processor(processor)
-
-
-# --- objectcompose.attention_processors.probe
-
-class TokenMapProbe:
-    """Attention of every cell to chosen tokens of the prompt.
-
-    Args:
-        token_indices: positions in the encoded prompt (BOS = 0), one list for all batch rows or one list per measured
-            row; shorter lists are padded, a padded column is 0.
-        layers: which cross-attention layers, a regex or a list of names.
-        head_mean: mean over the heads, or every head.
-        rows: the batch rows to measure, such as the conditional half; None is all.
-
-    Attributes:
-        maps: layer name to probabilities in [0, 1], float32 `(rows, HW, T)`, or `(rows, heads, HW, T)` per head.
-
-    Raises:
-        ObjectComposeError: no token is given, or a position is negative.
-    """
-
-    kind = "probe"
-    attention = "cross"
-
-    def __init__(
-        self,
-        token_indices: "Sequence[int] | Sequence[Sequence[int]]",
-        layers: "str | Sequence[str]" = r"attn2$",
-        head_mean: "bool" = True,
-        rows: "slice | None" = None,
-    ):
-        per_row = [list(row) if isinstance(row, Sequence) else [int(row)] for row in token_indices]
-        self._is_shared = all(not isinstance(row, Sequence) for row in token_indices)
-        if self._is_shared:
-            per_row = [[index for row in per_row for index in row]]
-        width = max((len(row) for row in per_row), default=0)
-        if width == 0 or any(index < 0 for row in per_row for index in row):
-            raise ObjectComposeError(f"`token_indices` must hold positions from 0 on, got {token_indices!r}.")
-        self._indices = torch.tensor([row + [0] * (width - len(row)) for row in per_row])  # (rows | 1, T)
-        self._is_token = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in per_row])
-        self._last_index = max(index for row in per_row for index in row)
-        self._has_padding = any(len(row) < width for row in per_row)
-        self.token_indices = token_indices
-        self.layers = layers
-        self.head_mean = head_mean
-        self.rows = rows
-        self.maps: "dict[str, torch.Tensor]" = {}
-
-    def clear(self) -> "None":
-        """Forget what was measured, and the graph behind it."""
-        self.maps.clear()
-
-    def measure(self, call: "AttentionCall") -> "None":
-        """Store this call's columns.
-
-        Raises:
-            PromptTooLongError: a position lies beyond the text states.
-            ObjectComposeError: there is one list per row, but not as many as measured rows.
-        """
-        num_keys = call.key.shape[2]
-        if self._last_index >= num_keys:
-            raise PromptTooLongError(
-                f"`token_indices` names position {self._last_index}, the text states have {num_keys} positions."
-            )
-        with torch.autocast(call.query.device.type, enabled=False):
-            logits, sees_any = call.select(self.rows).logits()  # (rows, heads, HW, K)
-            if not self._is_shared and logits.shape[0] != self._indices.shape[0]:
-                raise ObjectComposeError(
-                    f"`token_indices` has lists for {self._indices.shape[0]} rows, measured are {logits.shape[0]}."
-                )
-            # They stay there: one copy per device, not per layer and step.
-            self._indices, self._is_token = self._indices.to(logits.device), self._is_token.to(logits.device)
-            indices = self._indices[:, None, None, :].expand(*logits.shape[:3], -1)
-            columns = logits.gather(-1, indices)
-            maps = (columns - logits.logsumexp(-1, keepdim=True)).exp()
-            if sees_any is not None:
-                maps = torch.where(sees_any, maps, torch.zeros_like(maps))
-            if self._has_padding:
-                maps = maps * self._is_token[:, None, None, :]
-            self.maps[call.name] = maps.mean(1) if self.head_mean else maps
-
-
-class RegionMassProbe:
-    """Attention mass of every cell on regions of the picture (self-attention).
-
-    Args:
-        regions: as for `region_weights`, `(R, h, w)` or one set per measured row; values in [0, 1].
-        layers: which self-attention layers, a regex or a list of names.
-        head_mean: mean over the heads (axis kept, length 1), or every head.
-        rows: the batch rows to measure; None is all.
-
-    Attributes:
-        mass: layer name to the share of a cell's attention that falls into each region, float32 `(rows, heads | 1,
-            HW, R)`.
-    """
-
-    kind = "probe"
-    attention = "self"
-
-    def __init__(
-        self,
-        regions: "Any",
-        layers: "str | Sequence[str]" = r"attn1$",
-        head_mean: "bool" = True,
-        rows: "slice | None" = None,
-    ):
-        self._regions = regions
-        self.layers = layers
-        self.head_mean = head_mean
-        self.rows = rows
-        self.mass: "dict[str, torch.Tensor]" = {}
-        self._indicators: "dict[tuple[int, torch.device], torch.Tensor]" = {}
-
-    @property
-    def regions(self) -> "Any":
-        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
-        return self._regions
-
-    @regions.setter
-    def regions(self, regions: "Any") -> "None":
-        self._regions = regions
-        self._indicators = {}
-
-    def clear(self) -> "None":
-        """Forget what was measured, and the graph behind it."""
-        self.mass.clear()
-
-    def measure(self, call: "AttentionCall") -> "None":
-        """Store this call's mass.
-
-        Raises:
-            RegionError: the regions do not fit the grid or the measured rows.
-        """
-        measured = call.select(self.rows)
-        indicators = self._values(measured)  # (rows | 1, 1, K, R)
-        batch_size, heads, _, width = measured.query.shape
-        pieces = []
-        for values in indicators.to(measured.query.dtype).split(width, dim=-1):
-            padded = F.pad(values, (0, width - values.shape[-1])).expand(batch_size, heads, -1, -1)
-            mass = measured.attend(padded)[..., : values.shape[-1]].float()
-            pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
-        self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-    def _values(self, call: "AttentionCall") -> "torch.Tensor":
-        num_keys, device = call.key.shape[2], call.query.device
-        if (num_keys, device) not in self._indicators:
-            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
-            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
-        values = self._indicators[num_keys, device]
-        if values.shape[0] not in (1, call.batch_size):
-            raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
-        return values
-
-
-# --- objectcompose.pipelines.pipeline_output
-
-@dataclass(frozen=True)
-class PlacedObject:
-    """What a pipeline made of one object of one picture.
-
-    Attributes:
-        phrase: the object's phrase as given, or None.
-        label: the name under which `ComposeOutput.attention` lists it: the phrase, with " #2", " #3" ... for repeats.
-        token_indices: positions of the phrase in the encoded prompt; the start token is 0.
-        box: the object's place, xyxy in fractions of width and height, or None where none is known.
-        unused: fields of the object that were given and that this pipeline cannot use.
-    """
-
-    phrase: "str | None" = None
-    label: "str" = ""
-    token_indices: "tuple[int, ...]" = ()
-    box: "tuple[float, float, float, float] | None" = None
-    unused: "tuple[str, ...]" = ()
-
-
-@dataclass
-class ComposeOutput(BaseOutput):
-    """Output of every pipeline of the package.
-
-    Attributes:
-        images: list of B PIL images; or an array `(B, H, W, 3)` in [0, 1]; or a tensor `(B, 3, H, W)` in [0, 1]; or
-            latents `(B, C, h, w)`, as `output_type` says. B counts pictures: prompts times `num_images_per_prompt`.
-        nsfw_content_detected: B verdicts of the safety checker, or None without one.
-        objects: per picture, what became of each object, in the order given; None when no objects were given.
-        attention: per picture, a map `(h, w)`, float32 on the CPU, for the `label` of each object: the mean over the
-            chosen layers and steps of the attention that the phrase's tokens receive from each place, in [0, 1]. None
-            unless `return_attention` was set.
-    """
-
-    images: "Any"  # which of the kinds above it is depends on `output_type`, beyond what a type checker follows
-    nsfw_content_detected: "list[bool] | None" = None
-    objects: "list[list[PlacedObject]] | None" = None
-    attention: "list[dict[str, torch.Tensor]] | None" = None
-
-
-# --- objectcompose.pipelines.attention_maps
-
-#: The layers that TokenCompose supervises: cross-attention of the middle and the decoder.
-DECODER_CROSS_LAYERS = r"(mid_block|up_blocks)\..*\.attn2"
-
-
-def phrase_map_layers(unet: "Any", layers: "str | Sequence[str] | None") -> "list[str]":
-    """Names of the cross-attention layers to measure.
-
-    Args:
-        unet: the model whose layers are meant.
-        layers: a regex or a list of names; None stands for `DECODER_CROSS_LAYERS`.
-
-    Raises:
-        LayerNotFoundError: the pattern chooses nothing, or a name is no cross-attention layer.
-    """
-    return match_layers(unet, DECODER_CROSS_LAYERS if layers is None else layers, kind="cross")
-
-
-def check_installable(unet: "Any", parts: "Sequence[Any]", map_layers: "Sequence[str]" = ()) -> "None":
-    """Put parts, and a probe on `map_layers`, onto the model and take them off again.
-
-    Raises:
-        LayerNotFoundError, PartConflictError: what `use_parts` raises, here before any long work.
-    """
-    probes = [TokenMapProbe([0], layers=list(map_layers))] if map_layers else []
-    with use_parts(unet, [*parts, *probes]):
-        pass
-
-
-def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
-    """Raise unless the layers still have the processors that `use_parts` gave them; for use after a callback.
-
-    Attention slicing, fused projections, IP-Adapters and xformers all put their own processors on every layer, which
-    in the middle of a call would end the parts' work without a word.
-
-    Raises:
-        PartConflictError: a layer has another processor.
-    """
-    modules = attention_layers(unet) if layers else {}
-    for name in layers:
-        processor = modules[name].processor
-        if not hasattr(processor, "composed_parts"):
-            raise PartConflictError(
-                f"`callback_on_step_end` put {type(processor).__name__} on layer {name}, where attention parts are at"
-                " work: change processors before the call, not in it."
-            )
-
-
-def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
-    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
-    height, width = latent_height, latent_width
-    while height * width > num_tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
-    return height, width
-
-
-class PhraseMapRecorder:
-    """Running mean of the attention maps of phrases.
-
-    Args:
-        placed: per picture the objects whose phrases are measured; B lists.
-        layers: names of cross-attention layers.
-        latent_size: height and width of the latents.
-
-    Attributes:
-        probe: the part to install; set its `rows` with `measure_rows` before each forward.
-    """
-
-    def __init__(self, placed: "Sequence[Sequence[PlacedObject]]", layers: "Sequence[str]", latent_size: "tuple[int, int]"):
-        self.placed = placed
-        self.latent_size = latent_size
-        # a token that two phrases share is measured once; a picture without objects measures its start token in vain
-        tokens = [sorted({index for item in row for index in item.token_indices}) or [0] for row in placed]
-        self.probe = TokenMapProbe(tokens, layers=list(layers), head_mean=True)
-        self._membership = torch.zeros(len(placed), max(map(len, tokens)), max(max(map(len, placed)), 1))
-        for row, items in enumerate(placed):
-            for column, item in enumerate(items):
-                for index in item.token_indices:
-                    self._membership[row, tokens[row].index(index), column] = 1.0
-        self._grid: "tuple[int, int] | None" = None
-        self._sum: "torch.Tensor | None" = None
-        self._count = 0
-
-    def measure_rows(self, is_guided: "bool") -> "None":
-        """Say whether the next forward's batch is `[uncond, cond]` (measure the second half) or `cond` alone."""
-        batch = len(self.placed)
-        self.probe.rows = slice(batch, 2 * batch) if is_guided else None
-
-    def record(self) -> "None":
-        """Add the maps of the forward that just ran."""
-        maps = self.probe.maps
-        if self._grid is None:
-            self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
-        for layer_map in maps.values():  # (B, HW, T)
-            membership = self._membership.to(layer_map.device)
-            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
-            phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
-            if phrase_map.shape[-2:] != self._grid:
-                phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
-            self._sum = phrase_map if self._sum is None else self._sum + phrase_map
-            self._count += 1
-        self.discard()
-
-    def discard(self) -> "None":
-        """Drop the maps of the forward that just ran."""
-        self.probe.clear()
-
-    def mean_maps(self) -> "list[dict[str, torch.Tensor]]":
-        """Per picture a map `(h, w)` for each object's label, float32 on the CPU; empty when no step was recorded."""
-        if self._sum is None:
-            return [{} for _ in self.placed]
-        means = (self._sum / self._count).cpu()
-        return [{item.label: means[b, n] for n, item in enumerate(row)} for b, row in enumerate(self.placed)]
-
-
-# --- objectcompose.pipelines.image_prompts
-
-class ImagePromptStepsMixin:
-    """Part of `StableDiffusionStepsMixin`; each step returns what that of `diffusers.StableDiffusionPipeline` does."""
-
-    unet: "Any"
-    feature_extractor: "Any"
-    image_encoder: "Any"
-
-    def encode_image(
-        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Embed pictures for an IP-Adapter.
-
-        Returns:
-            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
-            the last but one layer with `output_hidden_states`.
-        """
-        dtype = next(self.image_encoder.parameters()).dtype
-        if not isinstance(image, torch.Tensor):
-            image = self.feature_extractor(image, return_tensors="pt").pixel_values
-        image = image.to(device=device, dtype=dtype)
-        if output_hidden_states:
-            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
-            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
-            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
-            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
-        else:
-            embeds = self.image_encoder(image).image_embeds
-            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: "Any",
-        ip_adapter_image_embeds: "list[torch.Tensor] | None",
-        device: "torch.device | str",
-        num_images_per_prompt: "int",
-        do_classifier_free_guidance: "bool",
-    ) -> "list[torch.Tensor]":
-        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
-
-        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
-        """
-        pairs: "list[tuple[Any, ...]]"
-        if ip_adapter_image_embeds is None:
-            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
-            pairs = []
-            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
-                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
-                pairs.append((blank[None, :], embeds[None, :]))
-        elif do_classifier_free_guidance:
-            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
-        else:
-            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
-
-        prepared = []
-        for blank, embeds in pairs:
-            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
-            if do_classifier_free_guidance:
-                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
-            prepared.append(rows.to(device=device))
-        return prepared
-
-
-# --- objectcompose.pipelines.steps
-
-steps_logger = logging.get_logger(__name__)
-
-
-def modernize_scheduler(scheduler: "Any") -> "None":
-    """Give a scheduler with a config from before diffusers 0.10 the two settings that Stable Diffusion means.
-
-    `StableDiffusionPipeline` does the same to the scheduler it is given, so without this a pipeline that was built
-    from the same old checkpoint would sample other pictures.
-    """
-    if scheduler is None:
-        return
-    wanted = {}
-    if getattr(scheduler.config, "steps_offset", 1) != 1:
-        wanted["steps_offset"] = 1
-    if getattr(scheduler.config, "clip_sample", False) is True:
-        wanted["clip_sample"] = False
-    if wanted:
-        steps_logger.warning(f"The scheduler's config is outdated for Stable Diffusion; using {wanted}.")
-        scheduler.register_to_config(**wanted)
-
-
-def rescale_guided_noise(noise_pred: "torch.Tensor", noise_pred_text: "torch.Tensor", rescale: "float") -> "torch.Tensor":
-    """Bring the guided prediction's standard deviation back towards the conditional one's.
-
-    "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), section 3.4.
-
-    Args:
-        noise_pred: the guided prediction, shape `(B, C, h, w)`.
-        noise_pred_text: the conditional prediction, same shape.
-        rescale: 0 keeps `noise_pred`, 1 takes the rescaled one.
-    """
-    axes = list(range(1, noise_pred.ndim))
-    std_text, std_guided = noise_pred_text.std(dim=axes, keepdim=True), noise_pred.std(dim=axes, keepdim=True)
-    rescaled = noise_pred * (std_text / std_guided)
-    return rescale * rescaled + (1 - rescale) * noise_pred
-
-
-def accepts_argument(function: "Any", name: "str") -> "bool":
-    """Whether a function's signature names the argument `name`."""
-    return name in inspect.signature(function).parameters
-
-
-def _saved_before_diffusers_0_9(unet: "Any") -> "bool":
-    saved = getattr(unet.config, "_diffusers_version", None)
-    return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
-
-
-class StableDiffusionStepsMixin(ImagePromptStepsMixin):
-    """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
-
-    # components that the pipeline registers; `Any` because each of them may be None
-    vae: "Any"
-    text_encoder: "Any"
-    tokenizer: "Any"
-    unet: "Any"
-    scheduler: "Any"
-    safety_checker: "Any"
-    image_processor: "Any"
-    vae_scale_factor: "int"
-    _num_timesteps: "int"  # set by each pipeline once it knows its timesteps
-
-    # ---- what a running call can be asked
-
-    @property
-    def guidance_scale(self) -> "float":
-        """The guidance scale of the running call; a callback may set `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> "float":
-        """The guidance rescale of the running call."""
-        return self._guidance_rescale
-
-    @property
-    def clip_skip(self) -> "int | None":
-        """How many of the text encoder's last layers the running call skips."""
-        return self._clip_skip
-
-    @property
-    def do_classifier_free_guidance(self) -> "bool":
-        """Whether the running call predicts an unconditional half too."""
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
-    @property
-    def cross_attention_kwargs(self) -> "dict[str, Any] | None":
-        """The extra arguments that reach the attention processors."""
-        return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> "int":
-        """The number of iterations of the running call's denoising loop."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> "bool":
-        """True once a callback has asked the running call to stop."""
-        return self._interrupt
-
-    def set_call_state(
-        self,
-        guidance_scale: "float",
-        guidance_rescale: "float",
-        clip_skip: "int | None",
-        cross_attention_kwargs: "dict[str, Any] | None",
-    ) -> "None":
-        """Store what the properties above read; called once at the start of a call."""
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-
-    # ---- text
-
-    def encode_prompt(
-        self,
-        prompt: "str | list[str] | None",
-        device: "torch.device | str",
-        num_images_per_prompt: "int",
-        do_classifier_free_guidance: "bool",
-        negative_prompt: "str | list[str] | None" = None,
-        prompt_embeds: "torch.Tensor | None" = None,
-        negative_prompt_embeds: "torch.Tensor | None" = None,
-        lora_scale: "float | None" = None,
-        clip_skip: "int | None" = None,
-    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Encode prompts, or repeat embeddings that are given.
-
-        Args:
-            prompt: one prompt or a list of B prompts; None when `prompt_embeds` is given.
-            device: where the embeddings go.
-            num_images_per_prompt: how often each row is repeated (n); the copies of a prompt lie side by side.
-            do_classifier_free_guidance: whether the negative half is needed.
-            negative_prompt: one prompt for all rows or a list of B; None stands for the empty prompt.
-            prompt_embeds: shape `(B, L, C)`.
-            negative_prompt_embeds: shape `(B, L, C)`.
-            lora_scale: strength of LoRA layers in the text encoder.
-            clip_skip: how many of the text encoder's last layers to skip.
-
-        Returns:
-            `prompt_embeds` and `negative_prompt_embeds`, both `(B * n, L, C)`; the second is what was given, or None,
-            when there is no guidance.
-        """
-        if lora_scale is not None:
-            self._lora_scale = lora_scale
-            if USE_PEFT_BACKEND and self.text_encoder is not None:
-                scale_lora_layers(self.text_encoder, lora_scale)
-        try:
-            if prompt_embeds is None:
-                prompts = [prompt] if isinstance(prompt, str) else prompt
-                prompt_embeds = self._encode_texts(prompts, device, clip_skip=clip_skip, warn_truncation=True)
-            batch_size = prompt_embeds.shape[0]
-            dtype = self._prompt_embeds_dtype(prompt_embeds)
-            prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
-
-            if do_classifier_free_guidance:
-                if negative_prompt_embeds is None:
-                    negatives = "" if negative_prompt is None else negative_prompt
-                    negatives = [negatives] * batch_size if isinstance(negatives, str) else negatives
-                    # the unconditional half keeps the last layer whatever `clip_skip` says, as in diffusers
-                    negative_prompt_embeds = self._encode_texts(negatives, device, max_length=prompt_embeds.shape[1])
-                negative_prompt_embeds = negative_prompt_embeds.to(dtype=dtype, device=device)
-                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        finally:
-            if USE_PEFT_BACKEND and self.text_encoder is not None:
-                unscale_lora_layers(self.text_encoder, lora_scale)
-        return prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0), negative_prompt_embeds
-
-    def _prompt_embeds_dtype(self, prompt_embeds: "torch.Tensor") -> "torch.dtype":
-        if self.text_encoder is not None:
-            return self.text_encoder.dtype
-        return self.unet.dtype if self.unet is not None else prompt_embeds.dtype
-
-    def _encode_texts(
-        self,
-        texts: "Any",
-        device: "torch.device | str",
-        max_length: "int | None" = None,
-        clip_skip: "int | None" = None,
-        warn_truncation: "bool" = False,
-    ) -> "torch.Tensor":
-        """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
-        max_length = self.tokenizer.model_max_length if max_length is None else max_length
-        texts = self.expand_placeholders(texts)
-        inputs = self.tokenizer(
-            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-        )
-        if warn_truncation:
-            self._warn_truncation(texts)
-        # only some of SD 2.x's text encoders were trained with a mask
-        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        attention_mask = inputs.attention_mask.to(device) if use_mask else None
-        output = self.text_encoder(
-            inputs.input_ids.to(device), attention_mask=attention_mask, output_hidden_states=clip_skip is not None
-        )
-        if clip_skip is None:
-            return output[0]
-        # an inner layer has not passed the final norm that the UNet was trained behind
-        final_layer_norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
-        return final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-
-    def _warn_truncation(self, texts: "list[str]") -> "None":
-        limit = self.tokenizer.model_max_length
-        for text in texts:
-            ids = self.tokenizer(text, truncation=False).input_ids
-            if len(ids) > limit:
-                removed = self.tokenizer.decode(ids[limit - 1 : -1])
-                steps_logger.warning(
-                    f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
-                )
-
-    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
-        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
-        if isinstance(self, TextualInversionLoaderMixin):
-            return self.maybe_convert_prompt(list(texts), self.tokenizer)
-        return list(texts)
-
-    # ---- latents and scheduler
-
-    def default_size(self) -> "tuple[int, int]":
-        """Height and width in pixels of the pictures that the UNet was trained on."""
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
-        if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
-            size = 64  # those versions wrote a wrong size into the UNet's config
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
-
-    def latent_size(self, height: "int", width: "int") -> "tuple[int, int]":
-        """Height and width of the latents of a picture of `height` x `width` pixels."""
-        return int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
-
-    def prepare_latents(
-        self,
-        batch_size: "int",
-        num_channels_latents: "int",
-        height: "int",
-        width: "int",
-        dtype: "torch.dtype",
-        device: "torch.device | str",
-        generator: "torch.Generator | list[torch.Generator] | None",
-        latents: "torch.Tensor | None" = None,
-    ) -> "torch.Tensor":
-        """Initial noise `(batch_size, C, h, w)`, scaled as the scheduler wants it. Given latents are N(0, 1) noise."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ObjectComposeError(
-                f"`generator` must hold one generator per picture: got {len(generator)} for {batch_size} pictures."
-            )
-        if latents is None:
-            shape = (batch_size, num_channels_latents, *self.latent_size(height, width))
-            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
-        else:
-            latents = latents.to(device)
-        return latents * self.scheduler.init_noise_sigma
-
-    def prepare_timesteps(
-        self,
-        num_inference_steps: "int",
-        device: "torch.device | str",
-        timesteps: "list[int] | None" = None,
-        sigmas: "list[float] | None" = None,
-    ) -> "tuple[torch.Tensor, int]":
-        """Set the scheduler's timesteps; returns them and the number of steps they stand for.
-
-        Raises:
-            ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
-        """
-        name: "str" = "num_inference_steps"
-        asked: "int | list[int] | list[float]" = num_inference_steps
-        if timesteps is not None:
-            name, asked = "timesteps", timesteps
-        elif sigmas is not None:
-            name, asked = "sigmas", sigmas
-        try:
-            self.scheduler.set_timesteps(**{name: asked}, device=device)
-        except ValueError as error:
-            kind = type(self.scheduler).__name__
-            raise ObjectComposeError(f"`{name}` cannot be used with {kind}: {error}") from error
-        is_custom = name != "num_inference_steps"
-        return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
-
-    def prepare_extra_step_kwargs(
-        self, generator: "torch.Generator | list[torch.Generator] | None", eta: "float"
-    ) -> "dict[str, Any]":
-        """`eta` and `generator`, each only where the scheduler's `step` takes it (DDIM takes both)."""
-        extra = {"eta": eta, "generator": generator}
-        return {name: value for name, value in extra.items() if accepts_argument(self.scheduler.step, name)}
-
-    def get_guidance_scale_embedding(
-        self, w: "torch.Tensor", embedding_dim: "int" = 512, dtype: "torch.dtype" = torch.float32
-    ) -> "torch.Tensor":
-        """Sinusoidal embedding `(B, embedding_dim)` of guidance scales `w` `(B,)`, for distilled UNets (LCM)."""
-        half = embedding_dim // 2
-        decay = torch.log(torch.tensor(10000.0)) / (half - 1)
-        frequencies = torch.exp(torch.arange(half, dtype=dtype) * -decay)
-        angles = (w * 1000.0).to(dtype)[:, None] * frequencies[None, :]
-        embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
-        return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
-
-    def prepare_timestep_cond(self, batch_size: "int", device: "torch.device | str", dtype: "torch.dtype") -> "Any":
-        """The guidance scale as a condition of the UNet, or None for UNets that take none (all but distilled ones)."""
-        embedding_dim = self.unet.config.time_cond_proj_dim
-        if embedding_dim is None:
-            return None
-        scales = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
-        return self.get_guidance_scale_embedding(scales, embedding_dim=embedding_dim).to(device=device, dtype=dtype)
-
-    def guide(self, noise_pred: "torch.Tensor") -> "torch.Tensor":
-        """Join the two halves `[uncond, cond]` of a prediction by classifier-free guidance; without it, return it."""
-        if not self.do_classifier_free_guidance:
-            return noise_pred
-        uncond, text = noise_pred.chunk(2)
-        guided = uncond + self.guidance_scale * (text - uncond)
-        return rescale_guided_noise(guided, text, self.guidance_rescale) if self.guidance_rescale > 0.0 else guided
-
-    # ---- pictures
-
-    def run_safety_checker(
-        self, image: "torch.Tensor", device: "torch.device | str", dtype: "torch.dtype"
-    ) -> "tuple[torch.Tensor, list[bool] | None]":
-        """Let the safety checker, if there is one, black out pictures `(B, 3, H, W)` in [-1, 1]."""
-        if self.safety_checker is None:
-            return image, None
-        pictures = self.image_processor.postprocess(image, output_type="pil")
-        clip_input = self.feature_extractor(pictures, return_tensors="pt").to(device).pixel_values
-        return self.safety_checker(images=image, clip_input=clip_input.to(dtype))
-
-    def decode_to_output(
-        self,
-        latents: "torch.Tensor",
-        output_type: "str",
-        generator: "torch.Generator | list[torch.Generator] | None",
-        device: "torch.device | str",
-        dtype: "torch.dtype",
-    ) -> "tuple[Any, list[bool] | None]":
-        """Latents `(B, C, h, w)` to what `output_type` asks for, and the safety checker's verdicts.
-
-        Returns:
-            Pictures as a list of PIL images ("pil"), an array `(B, H, W, 3)` in [0, 1] ("np"), a tensor `(B, 3, H, W)`
-            in [0, 1] ("pt"), or the latents themselves ("latent"); and a list of B verdicts or None.
-        """
-        if output_type == "latent":
-            return latents, None
-        scaled = latents / self.vae.config.scaling_factor
-        image = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
-        image, nsfw = self.run_safety_checker(image, device, dtype)
-        # a blacked-out picture is already in [0, 1]
-        do_denormalize = [True] * image.shape[0] if nsfw is None else [not flagged for flagged in nsfw]
-        return self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize), nsfw
-
-
-# --- objectcompose.pipelines.call_checks
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-def check_checkpoint(vae: "Any", text_encoder: "Any", unet: "Any") -> "None":
-    """Raise `CheckpointError` unless the components fit together as in Stable Diffusion 1.x/2.x; None is left out."""
-    if unet is None:
-        return
-    config = unet.config
-    if config.addition_embed_type is not None:
-        raise CheckpointError(
-            "`unet` must be of the Stable Diffusion 1.x/2.x layout, got one that also wants"
-            f" {config.addition_embed_type!r} embeddings, as SDXL's does."
-        )
-    if vae is not None and config.in_channels != vae.config.latent_channels:
-        raise CheckpointError(
-            f"`unet` must read the {vae.config.latent_channels} latent channels of `vae`, got one that reads"
-            f" {config.in_channels} (a checkpoint for inpainting or depth?)."
-        )
-    width = config.cross_attention_dim
-    if text_encoder is None or not isinstance(width, int) or config.encoder_hid_dim is not None:
-        return
-    if text_encoder.config.hidden_size != width:
-        raise CheckpointError(
-            f"`unet` must read text of width {text_encoder.config.hidden_size}, which `text_encoder` writes, got one"
-            f" that reads {width}: they are of different checkpoints."
-        )
-
-
-def check_count(name: "str", value: "Any", minimum: "int" = 1) -> "None":
-    """Raise unless `value` is a whole number of at least `minimum` (booleans do not count)."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ObjectComposeError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
-
-
-def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "None":
-    """Raise unless `value` is a finite number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ObjectComposeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value):
-        raise NonFiniteError(f"`{name}` must be finite, got {value!r}.")
-    if minimum is not None and value < minimum:
-        raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
-
-
-def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
-    """Raise unless both sides are multiples of 8 and of the VAE's factor."""
-    multiple = math.lcm(8, vae_scale_factor)
-    for name, value in (("height", height), ("width", width)):
-        check_count(name, value)
-        if value % multiple:
-            raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
-
-
-def check_output_type(output_type: "Any") -> "None":
-    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
-    if output_type not in OUTPUT_TYPES:
-        raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-
-
-def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
-    """Raise unless `embeds` is a finite tensor `(B, L, C)` whose C is the width of the UNet's cross-attention."""
-    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
-        found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        raise ObjectComposeError(f"`{name}` must be a tensor of shape (batch, tokens, width), got {found}.")
-    width = unet.config.cross_attention_dim
-    if isinstance(width, int) and unet.config.encoder_hid_dim is None and embeds.shape[-1] != width:
-        raise ObjectComposeError(f"`{name}` must have width {width}, as the UNet expects, got {embeds.shape[-1]}.")
-    if not torch.isfinite(embeds).all():
-        raise NonFiniteError(f"`{name}` holds NaN or infinite values.")
-
-
-def check_call_text(name: "str", text: "Any") -> "None":
-    """Raise unless `text` is a string or a non-empty list of strings."""
-    if isinstance(text, str):
-        return
-    if not isinstance(text, list) or not text or not all(isinstance(item, str) for item in text):
-        raise ObjectComposeError(f"`{name}` must be a string or a non-empty list of strings, got {text!r}.")
-
-
-def check_prompts(
-    pipeline: "Any",
-    prompt: "Any",
-    negative_prompt: "Any",
-    prompt_embeds: "Any",
-    negative_prompt_embeds: "Any",
-    use_guidance: "bool",
-) -> "int":
-    """Check prompts and embeddings against each other and the pipeline's text encoder; returns the batch size B."""
-    for text_name, text, embeds_name, embeds in (
-        ("prompt", prompt, "prompt_embeds", prompt_embeds),
-        ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
-    ):
-        if text is not None and embeds is not None:
-            raise ObjectComposeError(f"Give either `{text_name}` or `{embeds_name}`, not both.")
-        if text is not None:
-            check_call_text(text_name, text)
-        if embeds is not None:
-            check_embeds(embeds_name, embeds, pipeline.unet)
-    if prompt is None and prompt_embeds is None:
-        raise ObjectComposeError("Give either `prompt` or `prompt_embeds`, got neither.")
-    batch_size = prompt_embeds.shape[0] if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
-
-    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-        raise ObjectComposeError(
-            f"`negative_prompt` must be one string or one per prompt: got {len(negative_prompt)} for {batch_size}."
-        )
-    if negative_prompt_embeds is not None and prompt_embeds is not None:
-        if prompt_embeds.shape != negative_prompt_embeds.shape:
-            raise ObjectComposeError(
-                f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
-                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
-            )
-    elif negative_prompt_embeds is not None and pipeline.tokenizer is not None:
-        expected = (batch_size, pipeline.tokenizer.model_max_length)
-        if tuple(negative_prompt_embeds.shape[:2]) != expected:
-            raise ObjectComposeError(
-                f"`negative_prompt_embeds` must have shape {expected} (prompts, tokens) before the width to go with"
-                f" `prompt`, got {tuple(negative_prompt_embeds.shape[:2])}."
-            )
-    needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
-    if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
-        raise ObjectComposeError(
-            "`prompt_embeds` (and `negative_prompt_embeds` under guidance) must be given: the pipeline has no text"
-            " encoder or no tokenizer."
-        )
-    return batch_size
-
-
-def check_clip_skip(clip_skip: "Any", text_encoder: "Any") -> "None":
-    """Raise unless `clip_skip` is None or leaves the text encoder at least its embeddings."""
-    if clip_skip is None:
-        return
-    check_count("clip_skip", clip_skip, minimum=0)
-    layers = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", None)
-    if layers is not None and clip_skip > layers:
-        raise ObjectComposeError(f"`clip_skip` must be at most {layers}, the text encoder's layers, got {clip_skip}.")
-
-
-def check_image_prompt(pipeline: "Any", image: "Any", image_embeds: "Any", use_guidance: "bool") -> "None":
-    """Check the two arguments of IP-Adapter against each other and the adapters that are loaded."""
-    loaded = pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj"
-    if image is None and image_embeds is None:
-        if loaded:
-            raise ObjectComposeError(
-                "An IP-Adapter is loaded: give `ip_adapter_image` or `ip_adapter_image_embeds`, or unload it."
-            )
-        return
-    if image is not None and image_embeds is not None:
-        raise ObjectComposeError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
-    if not loaded:
-        raise ObjectComposeError("`ip_adapter_image` needs an IP-Adapter: call `load_ip_adapter` first.")
-    adapters = len(pipeline.unet.encoder_hid_proj.image_projection_layers)
-    if image is not None:
-        count = len(image) if isinstance(image, list) else 1
-        if count != adapters:
-            raise ObjectComposeError(
-                f"`ip_adapter_image` must hold one entry per IP-Adapter: got {count}, {adapters} loaded."
-            )
-        if pipeline.image_encoder is None:
-            raise ObjectComposeError(
-                "`ip_adapter_image` needs an `image_encoder`; give `ip_adapter_image_embeds` instead."
-            )
-        return
-    if not isinstance(image_embeds, list) or len(image_embeds) != adapters:
-        raise ObjectComposeError(
-            f"`ip_adapter_image_embeds` must be a list of {adapters} tensors, one per IP-Adapter, got"
-            f" {len(image_embeds) if isinstance(image_embeds, list) else type(image_embeds).__name__}."
-        )
-    for embeds in image_embeds:
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim not in (3, 4):
-            raise ImageInputError("`ip_adapter_image_embeds` must hold 3D or 4D tensors.")
-        if use_guidance and embeds.shape[0] % 2:
-            raise ImageInputError(
-                "`ip_adapter_image_embeds` must hold negative rows, then positive ones, under guidance: got"
-                f" {embeds.shape[0]} rows."
-            )
-
-
-def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "None":
-    """Raise unless one schedule is asked for and the scheduler takes its kind."""
-    if timesteps is not None and sigmas is not None:
-        raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
-    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if values is None:
-            continue
-        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) == 0:
-            raise ObjectComposeError(f"`{name}` must be a list of at least one value, got {values!r}.")
-        if not accepts_argument(scheduler.set_timesteps, name):
-            raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
-        return
-    check_count("num_inference_steps", num_inference_steps)
-
-
-def check_noise(pipeline: "Any", generator: "Any", latents: "Any", num_images: "int", latent_shape: "tuple[int, ...]") -> "None":
-    """Check that there is one generator, or one per picture, and that given latents fit the pictures asked for."""
-    if isinstance(generator, list):
-        if len(generator) != num_images:
-            raise ObjectComposeError(
-                f"`generator` must hold one generator per picture: got {len(generator)} for {num_images} pictures."
-            )
-        wrong = [item for item in generator if not isinstance(item, torch.Generator)]
-    else:
-        wrong = [] if generator is None or isinstance(generator, torch.Generator) else [generator]
-    if wrong:
-        raise ObjectComposeError(f"`generator` must be a torch.Generator or a list of them, got {wrong[0]!r}.")
-    if latents is None:
-        return
-    expected = (num_images, pipeline.unet.config.in_channels, *latent_shape)
-    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != expected:
-        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-        raise ObjectComposeError(f"`latents` must be a tensor of shape {expected}, got {found}.")
-    if not torch.isfinite(latents).all():
-        raise NonFiniteError("`latents` holds NaN or infinite values.")
-
-
-def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "Sequence[str]") -> "None":
-    """Raise unless the callback can be called and asks only for tensors that the loop has."""
-    if callback is not None and not callable(callback):
-        raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
-    unknown = [name for name in tensor_inputs or () if name not in allowed]
-    if unknown:
-        raise ObjectComposeError(
-            f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
-            f" {', '.join(map(str, unknown))}."
-        )
-
-
-def _is_step_index(value: "Any", num_steps: "int") -> "bool":
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < num_steps
-
-
-def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
-    """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
-    if attention_steps is None:
-        return
-    if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
-        raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
-    steps = list(attention_steps)
-    wrong = [step for step in steps if not _is_step_index(step, num_steps)]
-    if not steps or wrong:
-        raise ObjectComposeError(
-            f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."
-        )
-
-
-def check_parts(parts: "Any") -> "None":
-    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`."""
-    if not isinstance(parts, (list, tuple)):
-        raise ObjectComposeError(f"`parts` must be a list of attention parts, got {type(parts).__name__}.")
-    for index, part in enumerate(parts):
-        # by attribute, never by class: code flattened for the Hub holds second copies of our classes
-        if getattr(part, "kind", None) not in ("mask", "branch", "probe") or not hasattr(part, "layers"):
-            raise ObjectComposeError(
-                f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
-            )
 
 
 # --- objectcompose.files
@@ -2716,42 +1187,82 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
+    for prompt, row in zip(texts, rows, strict=True):
+        for index, item in enumerate(row):
+            if _object_name(item) is None:
+                raise MissingFieldError(
+                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
+                )
+    used = tuple(used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+
+
+def place_objects(
+    tokenizer: "Any",
+    prompts: "str | list[str] | None",
+    rows: "Sequence[Sequence[SceneObject]]",
+    canvas: "tuple[int, int]",
+    used_fields: "Callable[[SceneObject], Iterable[str]]",
+) -> "list[list[PlacedObject]]":
+    """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
+
+    Args:
+        tokenizer: the CLIP tokenizer of the text encoder.
+        prompts: one prompt or a list of B prompts; None where only embeddings are known, and no phrase is given then.
+        rows: per prompt its objects.
+        canvas: height and width of the picture, in pixels.
+        used_fields: the fields that the method uses of an object.
+
+    Raises:
+        PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
+    """
     for row in rows:
         check_canvas(row, *canvas)
-    used = tuple(used)
-    return [_place_row(tokenizer, text, row, used, method) for text, row in zip(texts, rows, strict=True)]
+    if not any(_object_name(item) is not None for row in rows for item in row):
+        return [[_placed(item, None, "", (), used_fields) for item in row] for row in rows]
+    if prompts is None:
+        raise ObjectComposeError("`phrase` needs `prompt`: phrases cannot be found in `prompt_embeds`.")
+    if tokenizer is None:
+        raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+
+
+def _object_name(item: "SceneObject") -> "str | None":
+    return item.phrase if item.phrase is not None else item.token
 
 
 def _place_row(
     tokenizer: "Any",
     prompt: "str",
     objects: "Sequence[SceneObject]",
-    used: "tuple[str, ...]",
-    method: "str",
+    used_fields: "Callable[[SceneObject], Iterable[str]]",
 ) -> "list[PlacedObject]":
-    names = []
-    for index, item in enumerate(objects):
-        name = item.phrase if item.phrase is not None else item.token
-        if name is None:
-            raise MissingFieldError(f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none.")
-        names.append(name)
-    if not names:
-        return []
-    positions = find_phrases(tokenizer, prompt, names)
+    names = [name for name in map(_object_name, objects) if name is not None]
+    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
     placed: "list[PlacedObject]" = []
     seen: "dict[str, int]" = {}
-    for item, name, indices in zip(objects, names, positions, strict=True):
+    for item in objects:
+        name = _object_name(item)
+        if name is None:
+            placed.append(_placed(item, None, "", (), used_fields))
+            continue
         seen[name] = seen.get(name, 0) + 1
-        placed.append(
-            PlacedObject(
-                phrase=name,
-                label=name if seen[name] == 1 else f"{name} #{seen[name]}",
-                token_indices=tuple(indices),
-                box=item.box,
-                unused=tuple(object_fields_used(item, used if item.phrase is not None else (*used, "token"))),
-            )
-        )
+        label = name if seen[name] == 1 else f"{name} #{seen[name]}"
+        placed.append(_placed(item, name, label, next(positions), used_fields))
     return placed
+
+
+def _placed(
+    item: "SceneObject",
+    name: "str | None",
+    label: "str",
+    token_indices: "Iterable[int]",
+    used_fields: "Callable[[SceneObject], Iterable[str]]",
+) -> "PlacedObject":
+    used = tuple(used_fields(item))
+    unused = object_fields_used(item, used if item.phrase is not None else (*used, "token"))
+    return PlacedObject(name, label, tuple(token_indices), item.box, tuple(unused))
 
 
 def warn_unused_fields(placed: "Sequence[Sequence[PlacedObject]]", method: "str", warned: "set[str]") -> "None":
@@ -2762,6 +1273,2115 @@ def warn_unused_fields(placed: "Sequence[Sequence[PlacedObject]]", method: "str"
         placement_logger.warning(
             f"{method} cannot use these fields of `objects`, which change nothing: {', '.join(sorted(unused))}."
         )
+
+
+# --- objectcompose.attention_processors.mask
+
+def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | str | None" = None) -> "torch.Tensor":
+    """Regions on the grid that has `num_tokens` cells, flattened.
+
+    Args:
+        regions: a float tensor `(N, h, w)` or `(B, N, h, w)`, a mapping from the number of cells to such a tensor, or
+            an object with `at_tokens(num_tokens, device)` that returns one. Values in [0, 1], 1 = inside.
+        num_tokens: cells of the attention layer's grid.
+        device: where the result lives; the regions' own device when None.
+
+    Returns:
+        float32 `(B | 1, N, num_tokens)`.
+
+    Raises:
+        RegionError: the regions do not exist on a grid of that many cells, or have the wrong number of axes.
+    """
+    if hasattr(regions, "at_tokens"):
+        grid = regions.at_tokens(num_tokens, device)
+    elif isinstance(regions, Mapping):
+        if num_tokens not in regions:
+            raise RegionError(f"`regions` has no grid of {num_tokens} cells, only of {sorted(regions)} cells.")
+        grid = regions[num_tokens]
+    else:
+        grid = regions
+    if grid.ndim not in (3, 4):
+        raise RegionError(f"`regions` must have shape (N, h, w) or (B, N, h, w), got {tuple(grid.shape)}.")
+    if grid.shape[-2] * grid.shape[-1] != num_tokens:
+        raise RegionError(
+            f"`regions` of {grid.shape[-2]} x {grid.shape[-1]} cells do not fit a layer of {num_tokens} cells;"
+            " pass one grid per resolution or an object with `at_tokens`."
+        )
+    flat = grid.flatten(-2).to(device=device, dtype=torch.float32)
+    return flat if flat.ndim == 3 else flat[None]
+
+
+def rows_of_batch(rows: "slice | None", batch_size: "int") -> "range":
+    """The batch rows that a part's `rows` chooses (all of them for None).
+
+    Raises:
+        PartConflictError: it chooses none, such as the conditional half of a call without guidance.
+    """
+    chosen = range(batch_size) if rows is None else range(batch_size)[rows]
+    if not len(chosen):
+        raise PartConflictError(f"`rows` of a part must choose some of the {batch_size} batch rows, got {rows}.")
+    return chosen
+
+
+class GroupedVisibility:
+    """Which keys each query sees, as few groups: query `x` sees key `y` where `visible[labels[x], y]`.
+
+    Args:
+        labels: int64 `(Q,)`, the group of each query.
+        visible: bool `(G, K)`, the keys that a group sees.
+    """
+
+    def __init__(self, labels: "torch.Tensor", visible: "torch.Tensor"):
+        self.labels = labels.detach().cpu()
+        self.visible = visible.detach().cpu()
+        self._plans: "dict[torch.device, tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]]" = {}
+        self._tables: "dict[torch.device, torch.Tensor]" = {}
+        self._intersections: "dict[int, tuple[GroupedVisibility, GroupedVisibility]]" = {}
+
+    @classmethod
+    def from_regions(cls, members: "torch.Tensor") -> "GroupedVisibility":
+        """The box rule for `members`, bool `(N, Q)`: a region's cell sees its own and the background."""
+        members = members.detach().cpu()
+        if not len(members):  # all is background
+            num_cells = members.shape[1]
+            return cls(torch.zeros(num_cells, dtype=torch.int64), torch.ones(1, num_cells, dtype=torch.bool))
+        patterns, labels = torch.unique(members.T, dim=0, return_inverse=True)  # (G, N), (Q,)
+        background_keys = ~members.any(0)  # (Q,)
+        own_keys = (patterns.float() @ members.float()) > 0  # (G, Q)
+        background_group = ~patterns.any(1, keepdim=True)  # (G, 1)
+        return cls(labels, own_keys | background_keys | background_group)
+
+    def intersect(self, other: "GroupedVisibility") -> "GroupedVisibility":
+        """Both at once (AND); kept, since every layer of one resolution asks for the same pair."""
+        known = self._intersections.get(id(other))
+        if known is not None:
+            return known[1]
+        pairs, labels = torch.unique(torch.stack([self.labels, other.labels]), dim=1, return_inverse=True)
+        both = GroupedVisibility(labels, self.visible[pairs[0]] & other.visible[pairs[1]])
+        self._intersections[id(other)] = (other, both)  # holding `other` keeps its id from being used again
+        return both
+
+    def dense(self, device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """The whole table, bool `(Q, K)`; for small grids only. Built once per device."""
+        device = torch.device(device)
+        if device not in self._tables:
+            self._tables[device] = self.visible[self.labels].to(device)
+        return self._tables[device]
+
+    def plan(self, device: "torch.device") -> "tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor]":
+        """Per group its query indices and key indices (None: all keys), and the order that undoes the grouping."""
+        if device not in self._plans:
+            groups, order = [], []
+            for group, keys in enumerate(self.visible):
+                queries = (self.labels == group).nonzero()[:, 0]
+                if len(queries) == 0:
+                    continue
+                order.append(queries)
+                groups.append((queries.to(device), None if bool(keys.all()) else keys.nonzero()[:, 0].to(device)))
+            self._plans[device] = (groups, torch.argsort(torch.cat(order)).to(device))
+        return self._plans[device]
+
+
+class KeyMask:
+    """A table of visibility for cross-attention.
+
+    Args:
+        visible: bool `(K,)`, `(Q, K)` or `(B, Q, K)`: True where query cell Q may see key K; or a mapping from the
+            number of query cells to such a tensor, or an object with `at_tokens(num_tokens, device)` returning one
+            (a table, not regions). Best on the model's device: from elsewhere it is copied in every call.
+        layers: which layers, a regex or a list of names.
+        rows: the batch rows it holds for (such as the conditional half, `slice(1, None)` of two); None is all. Other
+            rows see every key. A 3-D table has one entry per chosen row, or one for all.
+    """
+
+    kind = "mask"
+    attention = "any"
+    gathered = False
+
+    def __init__(self, visible: "Any", layers: "str | Sequence[str]" = r"attn2$", rows: "slice | None" = None):
+        self.visible = visible
+        self.layers = layers
+        self.rows = rows
+
+    def table(self, batch_size: "int", num_tokens: "int", num_keys: "int", device: "torch.device") -> "torch.Tensor":
+        """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
+
+        Raises:
+            RegionError: the table does not fit the layer's queries, keys or batch.
+        """
+        visible = self.visible
+        if hasattr(visible, "at_tokens"):
+            visible = visible.at_tokens(num_tokens, device)
+        elif isinstance(visible, Mapping):
+            if num_tokens not in visible:
+                raise RegionError(f"`visible` has no table for {num_tokens} query cells, only for {sorted(visible)}.")
+            visible = visible[num_tokens]
+        visible = visible.to(device=device, dtype=torch.bool)
+        while visible.ndim < 3:
+            visible = visible[None]
+        chosen = rows_of_batch(self.rows, batch_size)
+        rows, queries, keys = visible.shape
+        if keys != num_keys or queries not in (1, num_tokens) or rows not in (1, len(chosen)):
+            raise RegionError(
+                f"`visible` must broadcast to ({len(chosen)}, {num_tokens}, {num_keys}) (rows, query cells, keys),"
+                f" got {tuple(visible.shape)}."
+            )
+        if self.rows is None:
+            return visible
+        everywhere = visible.new_ones(batch_size, queries, keys)
+        everywhere[self.rows] = visible
+        return everywhere
+
+
+class RegionKeyMask:
+    """The box rule for self-attention, without a table of all pairs of cells.
+
+    A cell inside regions sees the cells of those regions and the background; a background cell sees every cell.
+    Regions may overlap. A cell belongs to a region where its value is above 0.
+
+    Args:
+        regions: as for `region_weights`; with a batch axis it has one entry per chosen row, or one per row of each
+            guidance half, which are `[uncond, cond]` one after the other.
+        layers: which layers, a regex or a list of names.
+        rows: the batch rows it holds for; None is all.
+    """
+
+    kind = "mask"
+    attention = "self"
+    gathered = True
+
+    def __init__(self, regions: "Any", layers: "str | Sequence[str]" = r"attn1$", rows: "slice | None" = None):
+        self._regions = regions
+        self.layers = layers
+        self.rows = rows
+        self._grouped: "dict[int, list[GroupedVisibility]]" = {}
+
+    @property
+    def regions(self) -> "Any":
+        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: "Any") -> "None":
+        self._regions = regions
+        self._grouped = {}
+
+    def groups(self, batch_size: "int", num_tokens: "int") -> "list[GroupedVisibility | None]":
+        """Per batch row what its queries see; None where this mask says nothing.
+
+        Raises:
+            RegionError: the regions do not fit the grid or the batch.
+        """
+        if num_tokens not in self._grouped:
+            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
+        grouped = self._grouped[num_tokens]
+        chosen = rows_of_batch(self.rows, batch_size)
+        if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
+            raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
+        per_row: "list[GroupedVisibility | None]" = [None] * batch_size
+        for position, row in enumerate(chosen):
+            per_row[row] = grouped[position % len(grouped)]
+        return per_row
+
+
+def intersect_row_groups(
+    masks: "Sequence[list[GroupedVisibility | None]]",
+) -> "list[GroupedVisibility | None]":
+    """AND of several masks' groups, row by row."""
+    combined = list(masks[0])
+    for groups in masks[1:]:
+        for row, group in enumerate(groups):
+            known = combined[row]
+            if known is None or group is None:
+                combined[row] = known or group
+            else:
+                combined[row] = known.intersect(group)
+    return combined
+
+
+# --- objectcompose.attention_processors.processor
+
+def split_heads(states: "torch.Tensor", heads: "int") -> "torch.Tensor":
+    """`(B, L, C)` to `(B, heads, L, C / heads)`."""
+    return states.unflatten(-1, (heads, states.shape[-1] // heads)).transpose(1, 2)
+
+
+def merge_heads(states: "torch.Tensor") -> "torch.Tensor":
+    """`(B, heads, L, d)` to `(B, L, heads * d)`."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def attend_visible(
+    query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", visible: "torch.Tensor | None"
+) -> "torch.Tensor":
+    """Fused attention under a boolean table; a query that sees no key yields zero.
+
+    Args:
+        query, key, value: `(B, heads, L, d)`.
+        visible: bool, broadcastable to `(B, heads, Q, K)`, or None for everything.
+    """
+    if visible is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    sees_any = visible.any(-1, keepdim=True)
+    # A blind query looks at everything and is zeroed afterwards: kernels disagree on rows without a key (NaN in some).
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees_any)
+    return torch.where(sees_any, attended, torch.zeros((), dtype=attended.dtype, device=attended.device))
+
+
+@dataclass
+class AttentionCall:
+    """One call of one attention layer, as parts see it.
+
+    Attributes:
+        name: the layer, such as `mid_block.attentions.0.transformer_blocks.0.attn2`.
+        is_cross: False for self-attention.
+        query: `(B, heads, Q, d)`, one row per cell of the layer's grid.
+        key: `(B, heads, K, d)`: text tokens, or the cells themselves.
+        bias: additive mask from the model's caller, `(B, heads, 1 | Q, K)`, or None.
+        visible: all tables of mask parts together, bool `(B | 1, 1, 1 | Q, K)`, or None.
+        groups: per batch row what gathered masks let its queries see, or None.
+    """
+
+    name: "str"
+    is_cross: "bool"
+    query: "torch.Tensor"
+    key: "torch.Tensor"
+    bias: "torch.Tensor | None" = None
+    visible: "torch.Tensor | None" = None
+    groups: "list[GroupedVisibility | None] | None" = None
+
+    @property
+    def batch_size(self) -> "int":
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> "int":
+        return self.query.shape[1]
+
+    @property
+    def num_tokens(self) -> "int":
+        """Cells of the layer's grid."""
+        return self.query.shape[2]
+
+    def select(self, rows: "slice | None") -> "AttentionCall":
+        """The same call for some batch rows, at least one (PartConflictError)."""
+        if rows is None:
+            return self
+        rows_of_batch(rows, self.batch_size)
+        visible = self.visible if self.visible is None or self.visible.shape[0] == 1 else self.visible[rows]
+        return AttentionCall(
+            self.name,
+            self.is_cross,
+            self.query[rows],
+            self.key[rows],
+            None if self.bias is None else self.bias[rows],
+            visible,
+            None if self.groups is None else self.groups[rows],
+        )
+
+    def attend(self, value: "torch.Tensor") -> "torch.Tensor":
+        """Attention-weighted sum of any values `(B, heads, K, d)` under this call's masks, `(B, heads, Q, d)`."""
+        if self.groups is not None:
+            return self._attend_groups(value)
+        if self.bias is None:
+            return attend_visible(self.query, self.key, value, self.visible)
+        if self.visible is None:
+            return F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=self.bias)
+        sees_any = self.visible.any(-1, keepdim=True)
+        bias = self.bias.masked_fill(~self.visible & sees_any, float("-inf"))
+        attended = F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=bias)
+        return torch.where(sees_any, attended, torch.zeros((), dtype=attended.dtype, device=attended.device))
+
+    def logits(self) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Scaled logits in float32, `(B, heads, Q, K)`, hidden keys at -inf, and which queries see any key (None:
+        all).
+
+        For cross-attention, whose keys are few, and for self-attention on small grids. A query that sees nothing keeps
+        finite logits; use the second value.
+        """
+        logits = self.query.float() @ self.key.float().transpose(-1, -2) * self.query.shape[-1] ** -0.5
+        bias, sees_any = self.logit_bias()
+        return logits if bias is None else logits + bias, sees_any
+
+    def logit_bias(self) -> "tuple[torch.Tensor | None, torch.Tensor | None]":
+        """What is added to the scaled logits, float32, -inf for hidden keys (None: nothing), and which queries see any
+        key (None: all). For a query that sees nothing no key is hidden."""
+        bias = None if self.bias is None else self.bias.float()
+        visible = self.visible if self.groups is None else self.dense_groups(self.groups)
+        if visible is None:
+            return bias, None
+        sees_any = visible.any(-1, keepdim=True)
+        hidden = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible & sees_any, float("-inf"))
+        return hidden if bias is None else bias + hidden, sees_any
+
+    def dense_groups(self, groups: "list[GroupedVisibility | None]") -> "torch.Tensor":
+        """The groups as one table `(B, 1, Q, K)`."""
+        everything = torch.ones(self.num_tokens, self.key.shape[2], dtype=torch.bool, device=self.query.device)
+        rows = [everything if group is None else group.dense(self.query.device) for group in groups]
+        return torch.stack(rows)[:, None]
+
+    def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
+        assert self.groups is not None
+        rows_by_group: "dict[int, list[int]]" = {}
+        for row, group in enumerate(self.groups):
+            rows_by_group.setdefault(id(group), []).append(row)
+        if len(rows_by_group) == 1:
+            return self._attend_rows(value, self.groups[0], None)
+        by_row: "dict[int, torch.Tensor]" = {}
+        for rows in rows_by_group.values():
+            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+            by_row.update(zip(rows, attended.split(1), strict=True))
+        return torch.cat([by_row[row] for row in range(self.batch_size)])
+
+    def _attend_rows(
+        self, value: "torch.Tensor", group: "GroupedVisibility | None", rows: "list[int] | None"
+    ) -> "torch.Tensor":
+        query, key, bias = self.query, self.key, self.bias
+        if rows is not None:
+            query, key, value = (_pick_rows(x, rows) for x in (query, key, value))
+            bias = None if bias is None else _pick_rows(bias, rows)
+        if group is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        plan, undo = group.plan(query.device)
+        pieces = []
+        for queries, keys in plan:
+            some_query = query.index_select(2, queries)
+            if keys is not None and len(keys) == 0:
+                pieces.append(some_query.new_zeros(*some_query.shape[:-1], value.shape[-1]))
+                continue
+            some_key, some_value, some_bias = key, value, bias
+            if bias is not None and bias.shape[-2] > 1:
+                some_bias = bias.index_select(2, queries)
+            if keys is not None:
+                some_key, some_value = key.index_select(2, keys), value.index_select(2, keys)
+                some_bias = None if some_bias is None else some_bias.index_select(3, keys)
+            pieces.append(F.scaled_dot_product_attention(some_query, some_key, some_value, attn_mask=some_bias))
+        return torch.cat(pieces, dim=2).index_select(2, undo)
+
+
+def _pick_rows(tensor: "torch.Tensor", rows: "Sequence[int]") -> "torch.Tensor":
+    """Some batch rows; slices, because a list of indices would be copied to the device, and waited for, each call."""
+    return torch.cat([tensor[row : row + 1] for row in rows])
+
+
+class _BareAttentionView:
+    """An attention module as a kept processor sees it: input already normalised, output not yet projected.
+
+    The kept processor's own `to_out`, residual and rescaling are left to the composed processor, so that branches act
+    before the output projection.
+    """
+
+    group_norm = None
+    spatial_norm = None
+    residual_connection = False
+    rescale_output_factor = 1.0
+
+    def __init__(self, attn: "Any"):
+        self._attn = attn
+        self.to_out = (_same_states, _same_states)
+
+    def __getattr__(self, name: "str") -> "Any":
+        return getattr(self._attn, name)
+
+
+def _same_states(states: "torch.Tensor") -> "torch.Tensor":
+    return states
+
+
+class ComposedAttnProcessor:
+    """Attention of one layer with its parts.
+
+    Args:
+        name: the layer's name, under which probes store.
+        parts: masks, branches and probes of this layer; with none the layer computes what `AttnProcessor2_0` does.
+        original: a processor that is kept and called for the layer's own attention (IP-Adapter's); None computes it
+            here.
+    """
+
+    def __init__(self, name: "str" = "", parts: "Sequence[Any]" = (), original: "Any" = None):
+        self.name = name
+        self.composed_parts = tuple(parts)
+        self.original = original
+        self._masks = tuple(part for part in self.composed_parts if part.kind == "mask")
+        self._branches = tuple(part for part in self.composed_parts if part.kind == "branch")
+        self._probes = tuple(part for part in self.composed_parts if part.kind == "probe")
+
+    def __call__(
+        self,
+        attn: "Any",
+        hidden_states: "torch.Tensor",
+        encoder_hidden_states: "torch.Tensor | tuple | None" = None,
+        attention_mask: "torch.Tensor | None" = None,
+        temb: "torch.Tensor | None" = None,
+        ip_adapter_masks: "Any" = None,
+    ) -> "torch.Tensor":
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, HW, C)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        call, value = self._project(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if self.original is None:
+            attended = merge_heads(call.attend(value))
+        else:
+            attended = self._attend_kept(
+                attn, call, value, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks
+            )
+        attended = attended.to(call.query.dtype)
+        for probe in self._probes:
+            probe.measure(call)
+        if self._branches:
+            attended = self._add_branches(attended, call)
+
+        hidden_states = attn.to_out[1](attn.to_out[0](attended))
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _project(
+        self, attn: "Any", hidden_states: "torch.Tensor", encoder_hidden_states: "Any", attention_mask: "torch.Tensor | None"
+    ) -> "tuple[AttentionCall, torch.Tensor]":
+        is_cross = encoder_hidden_states is not None
+        key_states = self._text_states(encoder_hidden_states) if is_cross else hidden_states
+        bias = None
+        if attention_mask is not None:
+            batch_size, num_keys = key_states.shape[:2]
+            bias = attn.prepare_attention_mask(attention_mask, num_keys, batch_size)
+            bias = bias.view(batch_size, attn.heads, -1, bias.shape[-1])
+        if is_cross and attn.norm_cross:
+            key_states = attn.norm_encoder_hidden_states(key_states)
+        # The modules are called, never their weights: LoRA wraps the module.
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        key = split_heads(attn.to_k(key_states), attn.heads)
+        value = split_heads(attn.to_v(key_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        call = AttentionCall(self.name, is_cross, query, key, bias)
+        self._apply_masks(call)
+        return call, value
+
+    def _text_states(self, encoder_hidden_states: "Any") -> "torch.Tensor":
+        if isinstance(encoder_hidden_states, tuple):  # (text, image embeddings): diffusers' form with an IP-Adapter
+            return encoder_hidden_states[0]
+        if self.original is not None:  # the older form, image tokens appended to the text
+            return encoder_hidden_states[:, : encoder_hidden_states.shape[1] - self.original.num_tokens[0]]
+        return encoder_hidden_states
+
+    def _apply_masks(self, call: "AttentionCall") -> "None":
+        tables, groups = [], []
+        for mask in self._masks:
+            if mask.gathered:
+                groups.append(mask.groups(call.batch_size, call.num_tokens))
+            else:
+                tables.append(
+                    mask.table(call.batch_size, call.num_tokens, call.key.shape[2], call.query.device)[:, None]
+                )
+        if groups:
+            call.groups = intersect_row_groups(groups)
+            if tables:  # a table was asked for on this layer, so the groups join it
+                tables.append(call.dense_groups(call.groups))
+                call.groups = None
+        for table in tables:
+            call.visible = table if call.visible is None else call.visible & table
+
+    def _attend_kept(
+        self,
+        attn: "Any",
+        call: "AttentionCall",
+        value: "torch.Tensor",
+        hidden_states: "torch.Tensor",
+        encoder_hidden_states: "Any",
+        attention_mask: "torch.Tensor | None",
+        temb: "torch.Tensor | None",
+        ip_adapter_masks: "Any",
+    ) -> "torch.Tensor":
+        kept = self.original(
+            _BareAttentionView(attn),
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            temb=temb,
+            ip_adapter_masks=ip_adapter_masks,
+        )
+        if call.visible is None and call.groups is None:
+            return kept
+        # Masks are about the text keys; the image part of the kept processor stays as it is.
+        unmasked = AttentionCall(call.name, call.is_cross, call.query, call.key, call.bias)
+        return kept + merge_heads(call.attend(value)) - merge_heads(unmasked.attend(value))
+
+    def _add_branches(self, attended: "torch.Tensor", call: "AttentionCall") -> "torch.Tensor":
+        replacing = [branch for branch in self._branches if branch.mode == "replace"]
+        if len(replacing) > 1:
+            replacing[0].refuse_overlap(replacing, call)
+        for branch in replacing:
+            attended = branch.replace_in(attended, call)
+        for branch in self._branches:
+            if branch.mode == "add":
+                attended = branch.add_to(attended, call)
+        return attended
+
+
+# --- objectcompose.attention_processors.install
+
+# By name, not by class: some exist only in some diffusers versions, and a subclass may compute something else.
+PLAIN_PROCESSOR_NAMES = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+)
+KEPT_PROCESSOR_NAMES = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
+_KEPT_MODULE_NAME = "kept_processor"
+
+
+def plain_unet(unet: "Any") -> "Any":
+    """The diffusers model inside compile, data-parallel and PEFT wrappers."""
+    while True:
+        if hasattr(unet, "_orig_mod"):
+            unet = unet._orig_mod
+        elif isinstance(unet, torch.nn.parallel.DistributedDataParallel):
+            unet = unet.module
+        elif hasattr(unet, "get_base_model"):
+            unet = unet.get_base_model()
+        else:
+            return unet
+
+
+def attention_layers(unet: "Any") -> "dict[str, Any]":
+    """Name to module of every attention layer, in the model's own order (which is not call order)."""
+    return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
+
+
+def match_layers(unet: "Any", layers: "str | Sequence[str]", kind: "Literal['self', 'cross'] | None" = None) -> "list[str]":
+    """Names of the attention layers that `layers` chooses.
+
+    Args:
+        unet: a model with diffusers attention layers.
+        layers: a regex, searched in names such as `mid_block.attentions.0.transformer_blocks.0.attn2`, or a list of
+            such names (with or without `.processor` at the end).
+        kind: only layers of self- or of cross-attention; None is both.
+
+    Raises:
+        LayerNotFoundError: the pattern is no regex or chooses nothing, or a name does not exist.
+    """
+    modules = attention_layers(unet)
+    candidates = [name for name, module in modules.items() if kind is None or _is_cross(module) == (kind == "cross")]
+    which = "attention" if kind is None else f"{kind}-attention"
+    if isinstance(layers, str):
+        try:
+            chosen = [name for name in candidates if re.search(layers, name)]
+        except re.error as error:
+            raise LayerNotFoundError(f"`layers` is not a regular expression ({error}): {layers!r}.") from error
+        if not chosen:
+            example = candidates[0] if candidates else "none"
+            raise LayerNotFoundError(
+                f"`layers` {layers!r} matches none of the {len(candidates)} {which} layers of the model,"
+                f" which have names like {example}."
+            )
+        return chosen
+    chosen = [name.removesuffix(".processor") for name in layers]
+    if not chosen:
+        raise LayerNotFoundError("`layers` must name at least one layer, got an empty list.")
+    for name in chosen:
+        if name not in candidates:
+            close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.0)
+            raise LayerNotFoundError(
+                f"`layers` names {name!r}, which is no {which} layer of the model; closest: {close}."
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def _is_cross(module: "Any") -> "bool":
+    return bool(getattr(module, "is_cross_attention", False))
+
+
+def layers_of_parts(unet: "Any", parts: "Sequence[Any]") -> "dict[str, tuple[Any, ...]]":
+    """Layer name to the parts that act on it, in the order given.
+
+    Raises:
+        LayerNotFoundError: a part's pattern matches nothing, or it lacks keys and values for a layer.
+        ObjectComposeError: something that is no part.
+    """
+    by_layer: "dict[str, list[Any]]" = {}
+    for part in parts:
+        if getattr(part, "kind", None) not in ("mask", "branch", "probe"):
+            raise ObjectComposeError(f"`parts` must hold masks, branches and probes, got {type(part).__name__}.")
+        attention = getattr(part, "attention", "any")  # "self", "cross" or "any"
+        kind: "Any" = None if attention == "any" else attention
+        names = match_layers(unet, part.layers, kind)
+        if hasattr(part, "check_layers"):
+            part.check_layers(names)
+        for name in names:
+            by_layer.setdefault(name, []).append(part)
+    return {name: tuple(chosen) for name, chosen in by_layer.items()}
+
+
+@contextmanager
+def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) -> "Iterator[Mapping[str, tuple[Any, ...]]]":
+    """Install parts on the layers they choose; the original processors come back on exit, also on an exception.
+
+    Without parts nothing is installed, though probes may be laid to rest. Blocks may be nested: the inner one adds its
+    parts to those of the outer one.
+    With gradient checkpointing, run the backward pass inside the block too: it computes the layers again.
+
+    Args:
+        unet: a diffusers UNet, also compiled or with LoRA layers.
+        parts: masks, branches and probes; see the modules of this package.
+        outer_probes: whether the probes of an outer block go on measuring. Guidance, whose passes are no part of what
+            they are to measure, lets them rest.
+
+    Yields:
+        Layer name to the parts on it; with resting probes, also the layers where these were.
+
+    Raises:
+        LayerNotFoundError: a part chooses no layer.
+        PartConflictError: a layer has a processor that can neither be replaced nor kept.
+    """
+    parts = tuple(parts)
+    if not parts and outer_probes:
+        yield {}
+        return
+    by_layer = layers_of_parts(unet, parts)
+    modules = attention_layers(unet)
+    if not outer_probes:
+        for name, module in modules.items():
+            if any(part.kind == "probe" for part in getattr(module.processor, "composed_parts", ())):
+                by_layer.setdefault(name, ())
+    originals = {name: modules[name].processor for name in by_layer}
+    composed = {
+        name: _compose_processor(name, chosen, originals[name], outer_probes) for name, chosen in by_layer.items()
+    }
+    try:
+        for name, processor in composed.items():
+            _exchange_processor(modules[name], processor)
+        yield by_layer
+    finally:
+        for name, processor in originals.items():
+            _exchange_processor(modules[name], processor)
+
+
+def _compose_processor(
+    name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
+) -> "ComposedAttnProcessor":
+    if hasattr(current, "composed_parts"):  # ours, of an outer block
+        kept = (part for part in current.composed_parts if outer_probes or part.kind != "probe")
+        return ComposedAttnProcessor(name, (*kept, *parts), current.original)
+    class_name = type(current).__name__
+    if type(current).__module__.split(".")[0] == "diffusers":
+        if class_name in PLAIN_PROCESSOR_NAMES:
+            return ComposedAttnProcessor(name, parts)
+        if class_name in KEPT_PROCESSOR_NAMES:
+            return ComposedAttnProcessor(name, parts, current)
+    raise PartConflictError(
+        f"layer {name} has the processor {class_name}, which can neither be replaced nor kept; set another one first,"
+        " such as with `unet.set_attn_processor(AttnProcessor2_0())`."
+    )
+
+
+def _exchange_processor(module: "Any", processor: "Any") -> "None":
+    """Set a processor; a module that the new one keeps stays in the tree, so that offloading still moves it."""
+    if _KEPT_MODULE_NAME in module._modules:
+        del module._modules[_KEPT_MODULE_NAME]
+    if "processor" in module._modules:
+        del module._modules["processor"]
+    kept = getattr(processor, "original", None)
+    if isinstance(kept, torch.nn.Module):
+        module.add_module(_KEPT_MODULE_NAME, kept)
+    module.set_processor(processor)
+
+
+# --- objectcompose.attention_processors.columns
+
+def softmax_columns(
+    query: "torch.Tensor",
+    key: "torch.Tensor",
+    indices: "torch.Tensor",
+    scale: "float",
+    bias: "torch.Tensor | None" = None,
+) -> "torch.Tensor":
+    """`softmax(scale * query @ key^T + bias)` at some keys only, differentiable once in query and key.
+
+    Args:
+        query: `(B, heads, Q, d)`, float32.
+        key: `(B, heads, K, d)`, float32.
+        indices: of keys, int64 `(B | 1, T)`.
+        scale: of the logits.
+        bias: added to the logits, broadcastable to them; -inf hides a key. Each query must see a key.
+
+    Returns:
+        `(B, heads, Q, T)`, values in [0, 1].
+    """
+    return _SoftmaxColumns.apply(query, key, indices, scale, bias)
+
+
+def _table(query: "torch.Tensor", key: "torch.Tensor", scale: "float", bias: "torch.Tensor | None") -> "torch.Tensor":
+    logits = (query * scale) @ key.transpose(-1, -2)
+    return logits if bias is None else logits.add_(bias)
+
+
+class _SoftmaxColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: "Any",
+        query: "torch.Tensor",
+        key: "torch.Tensor",
+        indices: "torch.Tensor",
+        scale: "float",
+        bias: "torch.Tensor | None",
+    ) -> "torch.Tensor":
+        table = _table(query, key, scale, bias)
+        largest = table.amax(-1, keepdim=True)
+        chosen = indices[:, None, None, :].expand(*table.shape[:-1], -1)
+        columns = table.gather(-1, chosen)
+        total = table.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
+        columns = columns.sub_(total).exp_()
+        ctx.save_for_backward(query, key, indices, bias, total, columns)
+        ctx.scale = scale
+        return columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
+        query, key, indices, bias, total, columns = ctx.saved_tensors
+        # d column_t / d logit_k = column_t * (1[t is k] - probability_k)
+        weighted = grad * columns
+        table = _table(query, key, ctx.scale, bias).sub_(total).exp_()
+        table.mul_(-weighted.sum(-1, keepdim=True))
+        table.scatter_add_(-1, indices[:, None, None, :].expand_as(weighted), weighted)
+        table.mul_(ctx.scale)
+        grad_query = table @ key if ctx.needs_input_grad[0] else None
+        grad_key = table.transpose(-1, -2) @ query if ctx.needs_input_grad[1] else None
+        return grad_query, grad_key, None, None, None
+
+
+# --- objectcompose.attention_processors.probe
+
+class TokenMapProbe:
+    """Attention of every cell to chosen tokens of the prompt.
+
+    Args:
+        token_indices: positions in the encoded prompt (BOS = 0), one list for all batch rows or one list per measured
+            row; shorter lists are padded, a padded column is 0.
+        layers: which cross-attention layers, a regex or a list of names.
+        head_mean: mean over the heads, or every head.
+        rows: the batch rows to measure, such as the conditional half; None is all.
+
+    Attributes:
+        maps: layer name to probabilities in [0, 1], float32 `(rows, HW, T)`, or `(rows, heads, HW, T)` per head.
+
+    Raises:
+        ObjectComposeError: no token is given, or a position is negative.
+    """
+
+    kind = "probe"
+    attention = "cross"
+
+    def __init__(
+        self,
+        token_indices: "Sequence[int] | Sequence[Sequence[int]]",
+        layers: "str | Sequence[str]" = r"attn2$",
+        head_mean: "bool" = True,
+        rows: "slice | None" = None,
+    ):
+        per_row = [list(row) if isinstance(row, Sequence) else [int(row)] for row in token_indices]
+        self._is_shared = all(not isinstance(row, Sequence) for row in token_indices)
+        if self._is_shared:
+            per_row = [[index for row in per_row for index in row]]
+        width = max((len(row) for row in per_row), default=0)
+        if width == 0 or any(index < 0 for row in per_row for index in row):
+            raise ObjectComposeError(f"`token_indices` must hold positions from 0 on, got {token_indices!r}.")
+        self._indices = torch.tensor([row + [0] * (width - len(row)) for row in per_row])  # (rows | 1, T)
+        self._is_token = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in per_row])
+        self._last_index = max(index for row in per_row for index in row)
+        self._has_padding = any(len(row) < width for row in per_row)
+        self.token_indices = token_indices
+        self.layers = layers
+        self.head_mean = head_mean
+        self.rows = rows
+        self.maps: "dict[str, torch.Tensor]" = {}
+
+    def clear(self) -> "None":
+        """Forget what was measured, and the graph behind it."""
+        self.maps.clear()
+
+    def measure(self, call: "AttentionCall") -> "None":
+        """Store this call's columns.
+
+        Raises:
+            PromptTooLongError: a position lies beyond the text states.
+            ObjectComposeError: there is one list per row, but not as many as measured rows.
+        """
+        num_keys = call.key.shape[2]
+        if self._last_index >= num_keys:
+            raise PromptTooLongError(
+                f"`token_indices` names position {self._last_index}, the text states have {num_keys} positions."
+            )
+        with torch.autocast(call.query.device.type, enabled=False):
+            measured = call.select(self.rows)
+            query, key = measured.query.float(), measured.key.float()
+            if not self._is_shared and len(query) != len(self._indices):
+                raise ObjectComposeError(
+                    f"`token_indices` has lists for {len(self._indices)} rows, measured are {len(query)}."
+                )
+            # They stay there: one copy per device, not per layer and step.
+            self._indices, self._is_token = self._indices.to(query.device), self._is_token.to(query.device)
+            bias, sees_any = measured.logit_bias()
+            maps = softmax_columns(query, key, self._indices, query.shape[-1] ** -0.5, bias)  # (rows, heads, HW, T)
+            if sees_any is not None:
+                maps = torch.where(sees_any, maps, torch.zeros_like(maps))
+            if self._has_padding:
+                maps = maps * self._is_token[:, None, None, :]
+            self.maps[call.name] = maps.mean(1) if self.head_mean else maps
+
+
+class RegionMassProbe:
+    """Attention mass of every cell on regions of the picture (self-attention).
+
+    Args:
+        regions: as for `region_weights`, `(R, h, w)` or one set per measured row; values in [0, 1].
+        layers: which self-attention layers, a regex or a list of names.
+        head_mean: mean over the heads (axis kept, length 1), or every head.
+        rows: the batch rows to measure; None is all.
+
+    Attributes:
+        mass: layer name to the share of a cell's attention that falls into each region, float32 `(rows, heads | 1,
+            HW, R)`.
+    """
+
+    kind = "probe"
+    attention = "self"
+
+    def __init__(
+        self,
+        regions: "Any",
+        layers: "str | Sequence[str]" = r"attn1$",
+        head_mean: "bool" = True,
+        rows: "slice | None" = None,
+    ):
+        self._regions = regions
+        self.layers = layers
+        self.head_mean = head_mean
+        self.rows = rows
+        self.mass: "dict[str, torch.Tensor]" = {}
+        self._indicators: "dict[tuple[int, torch.device], torch.Tensor]" = {}
+
+    @property
+    def regions(self) -> "Any":
+        """The regions; assign new ones to change them (what was built from the old ones is dropped)."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: "Any") -> "None":
+        self._regions = regions
+        self._indicators = {}
+
+    def clear(self) -> "None":
+        """Forget what was measured, and the graph behind it."""
+        self.mass.clear()
+
+    def measure(self, call: "AttentionCall") -> "None":
+        """Store this call's mass.
+
+        Raises:
+            RegionError: the regions do not fit the grid or the measured rows.
+        """
+        measured = call.select(self.rows)
+        indicators = self._values(measured)  # (rows | 1, 1, K, R)
+        batch_size, heads, _, width = measured.query.shape
+        pieces = []
+        for values in indicators.to(measured.query.dtype).split(width, dim=-1):
+            padded = F.pad(values, (0, width - values.shape[-1])).expand(batch_size, heads, -1, -1)
+            mass = measured.attend(padded)[..., : values.shape[-1]].float()
+            pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
+        self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def _values(self, call: "AttentionCall") -> "torch.Tensor":
+        num_keys, device = call.key.shape[2], call.query.device
+        if (num_keys, device) not in self._indicators:
+            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
+            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
+        values = self._indicators[num_keys, device]
+        if values.shape[0] not in (1, call.batch_size):
+            raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
+        return values
+
+
+class CellMapProbe:
+    """Attention between all cells of a small grid, averaged over heads (self-attention).
+
+    The one probe with a table of all pairs of cells: clustering needs every entry. A grid of 16 x 16 cells has 65,536,
+    less than the layer's own activations; larger grids are refused, since the table grows with the square.
+
+    Args:
+        layers: which self-attention layers, a regex or a list of names.
+        rows: the batch rows to measure, such as the conditional half; None is all.
+        max_cells: the largest grid that is measured.
+
+    Attributes:
+        maps: layer name to probabilities in [0, 1], float32 `(rows, HW, HW)`: from each cell (axis 1) to each cell.
+    """
+
+    kind = "probe"
+    attention = "self"
+
+    def __init__(self, layers: "str | Sequence[str]", rows: "slice | None" = None, max_cells: "int" = 1024):
+        self.layers = layers
+        self.rows = rows
+        self.max_cells = max_cells
+        self.maps: "dict[str, torch.Tensor]" = {}
+
+    def clear(self) -> "None":
+        """Forget what was measured, and the graph behind it."""
+        self.maps.clear()
+
+    def measure(self, call: "AttentionCall") -> "None":
+        """Store this call's table.
+
+        Raises:
+            RegionError: the grid has more than `max_cells` cells.
+        """
+        if call.num_tokens > self.max_cells:
+            raise RegionError(
+                f"`layers` of a cell map must have at most {self.max_cells} cells, {call.name} has {call.num_tokens}."
+            )
+        with torch.autocast(call.query.device.type, enabled=False):
+            logits, sees_any = call.select(self.rows).logits()  # (rows, heads, HW, HW)
+            maps = logits.softmax(-1)
+            if sees_any is not None:
+                maps = torch.where(sees_any, maps, torch.zeros_like(maps))
+            self.maps[call.name] = maps.mean(1)
+
+
+# --- objectcompose.pipelines.attention_maps
+
+#: The layers that TokenCompose supervises: cross-attention of the middle and the decoder.
+DECODER_CROSS_LAYERS = r"(mid_block|up_blocks)\..*\.attn2"
+
+
+def phrase_map_layers(unet: "Any", layers: "str | Sequence[str] | None") -> "list[str]":
+    """Names of the cross-attention layers to measure.
+
+    Args:
+        unet: the model whose layers are meant.
+        layers: a regex or a list of names; None stands for `DECODER_CROSS_LAYERS`.
+
+    Raises:
+        LayerNotFoundError: the pattern chooses nothing, or a name is no cross-attention layer.
+    """
+    return match_layers(unet, DECODER_CROSS_LAYERS if layers is None else layers, kind="cross")
+
+
+def check_installable(unet: "Any", parts: "Sequence[Any]", map_layers: "Sequence[str]" = ()) -> "None":
+    """Put parts, and a probe on `map_layers`, onto the model and take them off again.
+
+    Raises:
+        LayerNotFoundError, PartConflictError: what `use_parts` raises, here before any long work.
+    """
+    probes = [TokenMapProbe([0], layers=list(map_layers))] if map_layers else []
+    with use_parts(unet, [*parts, *probes]):
+        pass
+
+
+def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
+    """Raise unless the layers still have the processors that `use_parts` gave them; for use after a callback.
+
+    Attention slicing, fused projections, IP-Adapters and xformers all put their own processors on every layer, which
+    in the middle of a call would end the parts' work without a word.
+
+    Raises:
+        PartConflictError: a layer has another processor.
+    """
+    modules = attention_layers(unet) if layers else {}
+    for name in layers:
+        processor = modules[name].processor
+        if not hasattr(processor, "composed_parts"):
+            raise PartConflictError(
+                f"`callback_on_step_end` put {type(processor).__name__} on layer {name}, where attention parts are at"
+                " work: change processors before the call, not in it."
+            )
+
+
+def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
+    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
+    height, width = latent_height, latent_width
+    while height * width > num_tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
+    return height, width
+
+
+class PhraseMapRecorder:
+    """Running mean of the attention maps of phrases.
+
+    Args:
+        placed: per picture the objects whose phrases are measured; B lists.
+        layers: names of cross-attention layers.
+        latent_size: height and width of the latents.
+
+    Attributes:
+        probe: the part to install; set its `rows` with `measure_rows` before each forward.
+    """
+
+    def __init__(self, placed: "Sequence[Sequence[PlacedObject]]", layers: "Sequence[str]", latent_size: "tuple[int, int]"):
+        self.placed = placed
+        self.latent_size = latent_size
+        # a token that two phrases share is measured once; a picture without objects measures its start token in vain
+        tokens = [sorted({index for item in row for index in item.token_indices}) or [0] for row in placed]
+        self.probe = TokenMapProbe(tokens, layers=list(layers), head_mean=True)
+        self._membership = torch.zeros(len(placed), max(map(len, tokens)), max(max(map(len, placed)), 1))
+        for row, items in enumerate(placed):
+            for column, item in enumerate(items):
+                for index in item.token_indices:
+                    self._membership[row, tokens[row].index(index), column] = 1.0
+        self._grid: "tuple[int, int] | None" = None
+        self._sum: "torch.Tensor | None" = None
+        self._count = 0
+
+    def measure_rows(self, is_guided: "bool") -> "None":
+        """Say whether the next forward's batch is `[uncond, cond]` (measure the second half) or `cond` alone."""
+        batch = len(self.placed)
+        self.probe.rows = slice(batch, 2 * batch) if is_guided else None
+
+    def record(self) -> "None":
+        """Add the maps of the forward that just ran."""
+        maps = self.probe.maps
+        if self._grid is None:
+            self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
+        for layer_map in maps.values():  # (B, HW, T)
+            membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
+            if phrase_map.shape[-2:] != self._grid:
+                phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
+            self._sum = phrase_map if self._sum is None else self._sum + phrase_map
+            self._count += 1
+        self.discard()
+
+    def discard(self) -> "None":
+        """Drop the maps of the forward that just ran."""
+        self.probe.clear()
+
+    def mean_maps(self) -> "list[dict[str, torch.Tensor]]":
+        """Per picture a map `(h, w)` for each object's label, float32 on the CPU; empty when no step was recorded."""
+        if self._sum is None:
+            return [{} for _ in self.placed]
+        means = (self._sum / self._count).cpu()
+        return [{item.label: means[b, n] for n, item in enumerate(row)} for b, row in enumerate(self.placed)]
+
+
+# --- objectcompose.pipelines.image_prompts
+
+class ImagePromptStepsMixin:
+    """Part of `StableDiffusionStepsMixin`; each step returns what that of `diffusers.StableDiffusionPipeline` does."""
+
+    unet: "Any"
+    feature_extractor: "Any"
+    image_encoder: "Any"
+
+    def encode_image(
+        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Embed pictures for an IP-Adapter.
+
+        Returns:
+            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
+            the last but one layer with `output_hidden_states`.
+        """
+        dtype = next(self.image_encoder.parameters()).dtype
+        if not isinstance(image, torch.Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        image = image.to(device=device, dtype=dtype)
+        if output_hidden_states:
+            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
+            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
+            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
+            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
+        else:
+            embeds = self.image_encoder(image).image_embeds
+            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
+        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: "Any",
+        ip_adapter_image_embeds: "list[torch.Tensor] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+    ) -> "list[torch.Tensor]":
+        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
+
+        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
+        """
+        pairs: "list[tuple[Any, ...]]"
+        if ip_adapter_image_embeds is None:
+            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
+            pairs = []
+            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
+                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
+                pairs.append((blank[None, :], embeds[None, :]))
+        elif do_classifier_free_guidance:
+            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
+        else:
+            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
+
+        prepared = []
+        for blank, embeds in pairs:
+            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
+            if do_classifier_free_guidance:
+                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
+            prepared.append(rows.to(device=device))
+        return prepared
+
+
+# --- objectcompose.pipelines.steps
+
+steps_logger = logging.get_logger(__name__)
+
+
+def modernize_scheduler(scheduler: "Any") -> "None":
+    """Give a scheduler with a config from before diffusers 0.10 the two settings that Stable Diffusion means.
+
+    `StableDiffusionPipeline` does the same to the scheduler it is given, so without this a pipeline that was built
+    from the same old checkpoint would sample other pictures.
+    """
+    if scheduler is None:
+        return
+    wanted = {}
+    if getattr(scheduler.config, "steps_offset", 1) != 1:
+        wanted["steps_offset"] = 1
+    if getattr(scheduler.config, "clip_sample", False) is True:
+        wanted["clip_sample"] = False
+    if wanted:
+        steps_logger.warning(f"The scheduler's config is outdated for Stable Diffusion; using {wanted}.")
+        scheduler.register_to_config(**wanted)
+
+
+def rescale_guided_noise(noise_pred: "torch.Tensor", noise_pred_text: "torch.Tensor", rescale: "float") -> "torch.Tensor":
+    """Bring the guided prediction's standard deviation back towards the conditional one's.
+
+    "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), section 3.4.
+
+    Args:
+        noise_pred: the guided prediction, shape `(B, C, h, w)`.
+        noise_pred_text: the conditional prediction, same shape.
+        rescale: 0 keeps `noise_pred`, 1 takes the rescaled one.
+    """
+    axes = list(range(1, noise_pred.ndim))
+    std_text, std_guided = noise_pred_text.std(dim=axes, keepdim=True), noise_pred.std(dim=axes, keepdim=True)
+    rescaled = noise_pred * (std_text / std_guided)
+    return rescale * rescaled + (1 - rescale) * noise_pred
+
+
+def accepts_argument(function: "Any", name: "str") -> "bool":
+    """Whether a function's signature names the argument `name`."""
+    return name in inspect.signature(function).parameters
+
+
+def _saved_before_diffusers_0_9(unet: "Any") -> "bool":
+    saved = getattr(unet.config, "_diffusers_version", None)
+    return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
+
+
+class StableDiffusionStepsMixin(ImagePromptStepsMixin):
+    """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
+
+    # components that the pipeline registers; `Any` because each of them may be None
+    vae: "Any"
+    text_encoder: "Any"
+    tokenizer: "Any"
+    unet: "Any"
+    scheduler: "Any"
+    safety_checker: "Any"
+    image_processor: "Any"
+    vae_scale_factor: "int"
+    _num_timesteps: "int"  # set by each pipeline once it knows its timesteps
+
+    # ---- what a running call can be asked
+
+    @property
+    def guidance_scale(self) -> "float":
+        """The guidance scale of the running call; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> "float":
+        """The guidance rescale of the running call."""
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> "int | None":
+        """How many of the text encoder's last layers the running call skips."""
+        return self._clip_skip
+
+    @property
+    def do_classifier_free_guidance(self) -> "bool":
+        """Whether the running call predicts an unconditional half too."""
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def cross_attention_kwargs(self) -> "dict[str, Any] | None":
+        """The extra arguments that reach the attention processors."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> "int":
+        """The number of iterations of the running call's denoising loop."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> "bool":
+        """True once a callback has asked the running call to stop."""
+        return self._interrupt
+
+    def set_call_state(
+        self,
+        guidance_scale: "float",
+        guidance_rescale: "float",
+        clip_skip: "int | None",
+        cross_attention_kwargs: "dict[str, Any] | None",
+    ) -> "None":
+        """Store what the properties above read; called once at the start of a call."""
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+
+    # ---- text
+
+    def encode_prompt(
+        self,
+        prompt: "str | list[str] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+        negative_prompt: "str | list[str] | None" = None,
+        prompt_embeds: "torch.Tensor | None" = None,
+        negative_prompt_embeds: "torch.Tensor | None" = None,
+        lora_scale: "float | None" = None,
+        clip_skip: "int | None" = None,
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Encode prompts, or repeat embeddings that are given.
+
+        Args:
+            prompt: one prompt or a list of B prompts; None when `prompt_embeds` is given.
+            device: where the embeddings go.
+            num_images_per_prompt: how often each row is repeated (n); the copies of a prompt lie side by side.
+            do_classifier_free_guidance: whether the negative half is needed.
+            negative_prompt: one prompt for all rows or a list of B; None stands for the empty prompt.
+            prompt_embeds: shape `(B, L, C)`.
+            negative_prompt_embeds: shape `(B, L, C)`.
+            lora_scale: strength of LoRA layers in the text encoder.
+            clip_skip: how many of the text encoder's last layers to skip.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, both `(B * n, L, C)`; the second is what was given, or None,
+            when there is no guidance.
+        """
+        if lora_scale is not None:
+            self._lora_scale = lora_scale
+            if USE_PEFT_BACKEND and self.text_encoder is not None:
+                scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            if prompt_embeds is None:
+                prompts = [prompt] if isinstance(prompt, str) else prompt
+                prompt_embeds = self._encode_texts(prompts, device, clip_skip=clip_skip, warn_truncation=True)
+            batch_size = prompt_embeds.shape[0]
+            dtype = self._prompt_embeds_dtype(prompt_embeds)
+            prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
+
+            if do_classifier_free_guidance:
+                if negative_prompt_embeds is None:
+                    negatives = "" if negative_prompt is None else negative_prompt
+                    negatives = [negatives] * batch_size if isinstance(negatives, str) else negatives
+                    # the unconditional half keeps the last layer whatever `clip_skip` says, as in diffusers
+                    negative_prompt_embeds = self._encode_texts(negatives, device, max_length=prompt_embeds.shape[1])
+                negative_prompt_embeds = negative_prompt_embeds.to(dtype=dtype, device=device)
+                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        finally:
+            if USE_PEFT_BACKEND and self.text_encoder is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        return prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0), negative_prompt_embeds
+
+    def _prompt_embeds_dtype(self, prompt_embeds: "torch.Tensor") -> "torch.dtype":
+        if self.text_encoder is not None:
+            return self.text_encoder.dtype
+        return self.unet.dtype if self.unet is not None else prompt_embeds.dtype
+
+    def _encode_texts(
+        self,
+        texts: "Any",
+        device: "torch.device | str",
+        max_length: "int | None" = None,
+        clip_skip: "int | None" = None,
+        warn_truncation: "bool" = False,
+    ) -> "torch.Tensor":
+        """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
+        max_length = self.tokenizer.model_max_length if max_length is None else max_length
+        texts = self.expand_placeholders(texts)
+        inputs = self.tokenizer(
+            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+        )
+        if warn_truncation:
+            self._warn_truncation(texts)
+        # only some of SD 2.x's text encoders were trained with a mask
+        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        attention_mask = inputs.attention_mask.to(device) if use_mask else None
+        output = self.text_encoder(
+            inputs.input_ids.to(device), attention_mask=attention_mask, output_hidden_states=clip_skip is not None
+        )
+        if clip_skip is None:
+            return output[0]
+        # an inner layer has not passed the final norm that the UNet was trained behind
+        final_layer_norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
+        return final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+    def _warn_truncation(self, texts: "list[str]") -> "None":
+        limit = self.tokenizer.model_max_length
+        for text in texts:
+            ids = self.tokenizer(text, truncation=False).input_ids
+            if len(ids) > limit:
+                removed = self.tokenizer.decode(ids[limit - 1 : -1])
+                steps_logger.warning(
+                    f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
+                )
+
+    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
+        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
+        if isinstance(self, TextualInversionLoaderMixin):
+            return self.maybe_convert_prompt(list(texts), self.tokenizer)
+        return list(texts)
+
+    # ---- latents and scheduler
+
+    def default_size(self) -> "tuple[int, int]":
+        """Height and width in pixels of the pictures that the UNet was trained on."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+        if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
+            size = 64  # those versions wrote a wrong size into the UNet's config
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def latent_size(self, height: "int", width: "int") -> "tuple[int, int]":
+        """Height and width of the latents of a picture of `height` x `width` pixels."""
+        return int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
+
+    def prepare_latents(
+        self,
+        batch_size: "int",
+        num_channels_latents: "int",
+        height: "int",
+        width: "int",
+        dtype: "torch.dtype",
+        device: "torch.device | str",
+        generator: "torch.Generator | list[torch.Generator] | None",
+        latents: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
+        """Initial noise `(batch_size, C, h, w)`, scaled as the scheduler wants it. Given latents are N(0, 1) noise."""
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ObjectComposeError(
+                f"`generator` must hold one generator per picture: got {len(generator)} for {batch_size} pictures."
+            )
+        if latents is None:
+            shape = (batch_size, num_channels_latents, *self.latent_size(height, width))
+            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+        else:
+            latents = latents.to(device)
+        return latents * self.scheduler.init_noise_sigma
+
+    def prepare_timesteps(
+        self,
+        num_inference_steps: "int",
+        device: "torch.device | str",
+        timesteps: "list[int] | None" = None,
+        sigmas: "list[float] | None" = None,
+    ) -> "tuple[torch.Tensor, int]":
+        """Set the scheduler's timesteps; returns them and the number of steps they stand for.
+
+        Raises:
+            ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
+        """
+        name: "str" = "num_inference_steps"
+        asked: "int | list[int] | list[float]" = num_inference_steps
+        if timesteps is not None:
+            name, asked = "timesteps", timesteps
+        elif sigmas is not None:
+            name, asked = "sigmas", sigmas
+        try:
+            self.scheduler.set_timesteps(**{name: asked}, device=device)
+        except ValueError as error:
+            kind = type(self.scheduler).__name__
+            raise ObjectComposeError(f"`{name}` cannot be used with {kind}: {error}") from error
+        is_custom = name != "num_inference_steps"
+        return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
+
+    def prepare_extra_step_kwargs(
+        self, generator: "torch.Generator | list[torch.Generator] | None", eta: "float"
+    ) -> "dict[str, Any]":
+        """`eta` and `generator`, each only where the scheduler's `step` takes it (DDIM takes both)."""
+        extra = {"eta": eta, "generator": generator}
+        return {name: value for name, value in extra.items() if accepts_argument(self.scheduler.step, name)}
+
+    def get_guidance_scale_embedding(
+        self, w: "torch.Tensor", embedding_dim: "int" = 512, dtype: "torch.dtype" = torch.float32
+    ) -> "torch.Tensor":
+        """Sinusoidal embedding `(B, embedding_dim)` of guidance scales `w` `(B,)`, for distilled UNets (LCM)."""
+        half = embedding_dim // 2
+        decay = torch.log(torch.tensor(10000.0)) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, dtype=dtype) * -decay)
+        angles = (w * 1000.0).to(dtype)[:, None] * frequencies[None, :]
+        embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
+
+    def prepare_timestep_cond(self, batch_size: "int", device: "torch.device | str", dtype: "torch.dtype") -> "Any":
+        """The guidance scale as a condition of the UNet, or None for UNets that take none (all but distilled ones)."""
+        embedding_dim = self.unet.config.time_cond_proj_dim
+        if embedding_dim is None:
+            return None
+        scales = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
+        return self.get_guidance_scale_embedding(scales, embedding_dim=embedding_dim).to(device=device, dtype=dtype)
+
+    def guide(self, noise_pred: "torch.Tensor") -> "torch.Tensor":
+        """Join the two halves `[uncond, cond]` of a prediction by classifier-free guidance; without it, return it."""
+        if not self.do_classifier_free_guidance:
+            return noise_pred
+        uncond, text = noise_pred.chunk(2)
+        guided = uncond + self.guidance_scale * (text - uncond)
+        return rescale_guided_noise(guided, text, self.guidance_rescale) if self.guidance_rescale > 0.0 else guided
+
+    # ---- pictures
+
+    def run_safety_checker(
+        self, image: "torch.Tensor", device: "torch.device | str", dtype: "torch.dtype"
+    ) -> "tuple[torch.Tensor, list[bool] | None]":
+        """Let the safety checker, if there is one, black out pictures `(B, 3, H, W)` in [-1, 1]."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.postprocess(image, output_type="pil")
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").to(device).pixel_values
+        return self.safety_checker(images=image, clip_input=clip_input.to(dtype))
+
+    def decode_to_output(
+        self,
+        latents: "torch.Tensor",
+        output_type: "str",
+        generator: "torch.Generator | list[torch.Generator] | None",
+        device: "torch.device | str",
+        dtype: "torch.dtype",
+    ) -> "tuple[Any, list[bool] | None]":
+        """Latents `(B, C, h, w)` to what `output_type` asks for, and the safety checker's verdicts.
+
+        Returns:
+            Pictures as a list of PIL images ("pil"), an array `(B, H, W, 3)` in [0, 1] ("np"), a tensor `(B, 3, H, W)`
+            in [0, 1] ("pt"), or the latents themselves ("latent"); and a list of B verdicts or None.
+        """
+        if output_type == "latent":
+            return latents, None
+        scaled = latents / self.vae.config.scaling_factor
+        image = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
+        image, nsfw = self.run_safety_checker(image, device, dtype)
+        # a blacked-out picture is already in [0, 1]
+        do_denormalize = [True] * image.shape[0] if nsfw is None else [not flagged for flagged in nsfw]
+        return self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize), nsfw
+
+
+# --- objectcompose.pipelines.call_checks
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_checkpoint(vae: "Any", text_encoder: "Any", unet: "Any") -> "None":
+    """Raise `CheckpointError` unless the components fit together as in Stable Diffusion 1.x/2.x; None is left out."""
+    if unet is None:
+        return
+    config = unet.config
+    if config.addition_embed_type is not None:
+        raise CheckpointError(
+            "`unet` must be of the Stable Diffusion 1.x/2.x layout, got one that also wants"
+            f" {config.addition_embed_type!r} embeddings, as SDXL's does."
+        )
+    if vae is not None and config.in_channels != vae.config.latent_channels:
+        raise CheckpointError(
+            f"`unet` must read the {vae.config.latent_channels} latent channels of `vae`, got one that reads"
+            f" {config.in_channels} (a checkpoint for inpainting or depth?)."
+        )
+    width = config.cross_attention_dim
+    if text_encoder is None or not isinstance(width, int) or config.encoder_hid_dim is not None:
+        return
+    if text_encoder.config.hidden_size != width:
+        raise CheckpointError(
+            f"`unet` must read text of width {text_encoder.config.hidden_size}, which `text_encoder` writes, got one"
+            f" that reads {width}: they are of different checkpoints."
+        )
+
+
+def check_count(name: "str", value: "Any", minimum: "int" = 1) -> "None":
+    """Raise unless `value` is a whole number of at least `minimum` (booleans do not count)."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ObjectComposeError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "None":
+    """Raise unless `value` is a finite number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ObjectComposeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"`{name}` must be finite, got {value!r}.")
+    if minimum is not None and value < minimum:
+        raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
+
+
+def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
+    """Raise unless both sides are multiples of 8 and of the VAE's factor."""
+    multiple = math.lcm(8, vae_scale_factor)
+    for name, value in (("height", height), ("width", width)):
+        check_count(name, value)
+        if value % multiple:
+            raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
+
+
+def check_output_type(output_type: "Any") -> "None":
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+
+def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
+    """Raise unless `embeds` is a finite tensor `(B, L, C)` whose C is the width of the UNet's cross-attention."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ObjectComposeError(f"`{name}` must be a tensor of shape (batch, tokens, width), got {found}.")
+    width = unet.config.cross_attention_dim
+    if isinstance(width, int) and unet.config.encoder_hid_dim is None and embeds.shape[-1] != width:
+        raise ObjectComposeError(f"`{name}` must have width {width}, as the UNet expects, got {embeds.shape[-1]}.")
+    if not torch.isfinite(embeds).all():
+        raise NonFiniteError(f"`{name}` holds NaN or infinite values.")
+
+
+def check_call_text(name: "str", text: "Any") -> "None":
+    """Raise unless `text` is a string or a non-empty list of strings."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, list) or not text or not all(isinstance(item, str) for item in text):
+        raise ObjectComposeError(f"`{name}` must be a string or a non-empty list of strings, got {text!r}.")
+
+
+def check_prompts(
+    pipeline: "Any",
+    prompt: "Any",
+    negative_prompt: "Any",
+    prompt_embeds: "Any",
+    negative_prompt_embeds: "Any",
+    use_guidance: "bool",
+) -> "int":
+    """Check prompts and embeddings against each other and the pipeline's text encoder; returns the batch size B."""
+    for text_name, text, embeds_name, embeds in (
+        ("prompt", prompt, "prompt_embeds", prompt_embeds),
+        ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ObjectComposeError(f"Give either `{text_name}` or `{embeds_name}`, not both.")
+        if text is not None:
+            check_call_text(text_name, text)
+        if embeds is not None:
+            check_embeds(embeds_name, embeds, pipeline.unet)
+    if prompt is None and prompt_embeds is None:
+        raise ObjectComposeError("Give either `prompt` or `prompt_embeds`, got neither.")
+    batch_size = prompt_embeds.shape[0] if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+
+    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+        raise ObjectComposeError(
+            f"`negative_prompt` must be one string or one per prompt: got {len(negative_prompt)} for {batch_size}."
+        )
+    if negative_prompt_embeds is not None and prompt_embeds is not None:
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ObjectComposeError(
+                f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
+                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+            )
+    elif negative_prompt_embeds is not None and pipeline.tokenizer is not None:
+        expected = (batch_size, pipeline.tokenizer.model_max_length)
+        if tuple(negative_prompt_embeds.shape[:2]) != expected:
+            raise ObjectComposeError(
+                f"`negative_prompt_embeds` must have shape {expected} (prompts, tokens) before the width to go with"
+                f" `prompt`, got {tuple(negative_prompt_embeds.shape[:2])}."
+            )
+    needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
+    if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
+        raise ObjectComposeError(
+            "`prompt_embeds` (and `negative_prompt_embeds` under guidance) must be given: the pipeline has no text"
+            " encoder or no tokenizer."
+        )
+    return batch_size
+
+
+def check_clip_skip(clip_skip: "Any", text_encoder: "Any") -> "None":
+    """Raise unless `clip_skip` is None or leaves the text encoder at least its embeddings."""
+    if clip_skip is None:
+        return
+    check_count("clip_skip", clip_skip, minimum=0)
+    layers = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", None)
+    if layers is not None and clip_skip > layers:
+        raise ObjectComposeError(f"`clip_skip` must be at most {layers}, the text encoder's layers, got {clip_skip}.")
+
+
+def check_image_prompt(pipeline: "Any", image: "Any", image_embeds: "Any", use_guidance: "bool") -> "None":
+    """Check the two arguments of IP-Adapter against each other and the adapters that are loaded."""
+    loaded = pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    if image is None and image_embeds is None:
+        if loaded:
+            raise ObjectComposeError(
+                "An IP-Adapter is loaded: give `ip_adapter_image` or `ip_adapter_image_embeds`, or unload it."
+            )
+        return
+    if image is not None and image_embeds is not None:
+        raise ObjectComposeError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+    if not loaded:
+        raise ObjectComposeError("`ip_adapter_image` needs an IP-Adapter: call `load_ip_adapter` first.")
+    adapters = len(pipeline.unet.encoder_hid_proj.image_projection_layers)
+    if image is not None:
+        count = len(image) if isinstance(image, list) else 1
+        if count != adapters:
+            raise ObjectComposeError(
+                f"`ip_adapter_image` must hold one entry per IP-Adapter: got {count}, {adapters} loaded."
+            )
+        if pipeline.image_encoder is None:
+            raise ObjectComposeError(
+                "`ip_adapter_image` needs an `image_encoder`; give `ip_adapter_image_embeds` instead."
+            )
+        return
+    if not isinstance(image_embeds, list) or len(image_embeds) != adapters:
+        raise ObjectComposeError(
+            f"`ip_adapter_image_embeds` must be a list of {adapters} tensors, one per IP-Adapter, got"
+            f" {len(image_embeds) if isinstance(image_embeds, list) else type(image_embeds).__name__}."
+        )
+    for embeds in image_embeds:
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim not in (3, 4):
+            raise ImageInputError("`ip_adapter_image_embeds` must hold 3D or 4D tensors.")
+        if use_guidance and embeds.shape[0] % 2:
+            raise ImageInputError(
+                "`ip_adapter_image_embeds` must hold negative rows, then positive ones, under guidance: got"
+                f" {embeds.shape[0]} rows."
+            )
+
+
+def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "None":
+    """Raise unless one schedule is asked for and the scheduler takes its kind."""
+    if timesteps is not None and sigmas is not None:
+        raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if values is None:
+            continue
+        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) == 0:
+            raise ObjectComposeError(f"`{name}` must be a list of at least one value, got {values!r}.")
+        if not accepts_argument(scheduler.set_timesteps, name):
+            raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
+        return
+    check_count("num_inference_steps", num_inference_steps)
+
+
+def check_noise(pipeline: "Any", generator: "Any", latents: "Any", num_images: "int", latent_shape: "tuple[int, ...]") -> "None":
+    """Check that there is one generator, or one per picture, and that given latents fit the pictures asked for."""
+    if isinstance(generator, list):
+        if len(generator) != num_images:
+            raise ObjectComposeError(
+                f"`generator` must hold one generator per picture: got {len(generator)} for {num_images} pictures."
+            )
+        wrong = [item for item in generator if not isinstance(item, torch.Generator)]
+    else:
+        wrong = [] if generator is None or isinstance(generator, torch.Generator) else [generator]
+    if wrong:
+        raise ObjectComposeError(f"`generator` must be a torch.Generator or a list of them, got {wrong[0]!r}.")
+    if latents is None:
+        return
+    expected = (num_images, pipeline.unet.config.in_channels, *latent_shape)
+    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != expected:
+        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ObjectComposeError(f"`latents` must be a tensor of shape {expected}, got {found}.")
+    if not torch.isfinite(latents).all():
+        raise NonFiniteError("`latents` holds NaN or infinite values.")
+
+
+def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "Sequence[str]") -> "None":
+    """Raise unless the callback can be called and asks only for tensors that the loop has."""
+    if callback is not None and not callable(callback):
+        raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
+    unknown = [name for name in tensor_inputs or () if name not in allowed]
+    if unknown:
+        raise ObjectComposeError(
+            f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
+            f" {', '.join(map(str, unknown))}."
+        )
+
+
+def _is_step_index(value: "Any", num_steps: "int") -> "bool":
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < num_steps
+
+
+def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
+    """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
+    if attention_steps is None:
+        return
+    if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
+        raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
+    steps = list(attention_steps)
+    wrong = [step for step in steps if not _is_step_index(step, num_steps)]
+    if not steps or wrong:
+        raise ObjectComposeError(
+            f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."
+        )
+
+
+def check_parts(parts: "Any") -> "None":
+    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`, or groups of parts."""
+    if not isinstance(parts, (list, tuple)):
+        raise ObjectComposeError(f"`parts` must be a list of attention parts, got {type(parts).__name__}.")
+    for index, part in enumerate(parts):
+        # by attribute, never by class: code flattened for the Hub holds second copies of our classes
+        if getattr(part, "kind", None) == "group" and hasattr(part, "bind"):
+            continue
+        if getattr(part, "kind", None) not in ("mask", "branch", "probe") or not hasattr(part, "layers"):
+            raise ObjectComposeError(
+                f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
+            )
+
+
+# --- objectcompose.pipelines.sampling
+
+#: `(step, timestep, latents, prompt_embeds) -> latents`, called before each prediction; see `SamplingMixin.denoise`.
+BeforeStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class SamplingMixin(StableDiffusionStepsMixin):
+    """Sampling with attention parts; expects the components of `StableDiffusionPipeline`."""
+
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    # of `DiffusionPipeline`
+    register_modules: "Any"
+    register_to_config: "Any"
+    progress_bar: "Any"
+    maybe_free_model_hooks: "Any"
+    _execution_device: "torch.device"
+
+    def register_stable_diffusion(self, requires_safety_checker: "bool", **modules: "Any") -> "None":
+        """Check and register the components of `StableDiffusionPipeline`, for `__init__`.
+
+        Raises:
+            CheckpointError: they are not those of one Stable Diffusion 1.x/2.x checkpoint.
+            ObjectComposeError: a safety checker without a feature extractor.
+        """
+        if modules["safety_checker"] is not None and modules["feature_extractor"] is None:
+            raise ObjectComposeError("`safety_checker` needs `feature_extractor`; give both or set both to None.")
+        vae = modules["vae"]
+        check_checkpoint(vae, modules["text_encoder"], modules["unet"])
+        modernize_scheduler(modules["scheduler"])
+        self.register_modules(**modules)
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._warned_unused: "set[str]" = set()
+
+    # ---- before sampling
+
+    def take_arguments(self, arguments: "Mapping[str, Any]") -> "CallArguments":
+        """The shared ones among a call's arguments, with what depends on the pipeline filled in.
+
+        Args:
+            arguments: name to value; `locals()`, where it is the first thing in `__call__`.
+        """
+        call = CallArguments(**{field.name: arguments[field.name] for field in fields(CallArguments)})
+        height, width = call.height, call.width
+        if height is None or width is None:
+            if isinstance(call.latents, torch.Tensor) and call.latents.ndim == 4:
+                default_height, default_width = (side * self.vae_scale_factor for side in call.latents.shape[-2:])
+            else:
+                default_height, default_width = self.default_size()
+            height = default_height if height is None else height
+            width = default_width if width is None else width
+        callback, tensor_inputs = call.callback_on_step_end, call.callback_on_step_end_tensor_inputs
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = callback.tensor_inputs
+        num_images = 1 if call.num_images_per_prompt is None else call.num_images_per_prompt
+        return replace(
+            call,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images,
+            callback_on_step_end_tensor_inputs=tensor_inputs,
+        )
+
+    def check_call(self, call: "CallArguments") -> "int":
+        """Refuse shared arguments that cannot be used, before any model runs; returns the number of prompts B.
+
+        Raises:
+            ObjectComposeError: or one of its subclasses, all of them `ValueError`; the message names the argument.
+        """
+        check_number("guidance_scale", call.guidance_scale)
+        check_number("guidance_rescale", call.guidance_rescale, minimum=0.0)
+        check_number("eta", call.eta, minimum=0.0)
+        check_count("num_images_per_prompt", call.num_images_per_prompt)
+        check_picture_size(call.height, call.width, self.vae_scale_factor)
+        check_output_type(call.output_type)
+        check_schedule(self.scheduler, call.num_inference_steps, call.timesteps, call.sigmas)
+        use_guidance = call.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
+        batch_size = check_prompts(self, call.prompt, call.negative_prompt, embeds, negative_embeds, use_guidance)
+        check_clip_skip(call.clip_skip, self.text_encoder)
+        check_image_prompt(self, call.ip_adapter_image, call.ip_adapter_image_embeds, use_guidance)
+        num_images = batch_size * call.num_images_per_prompt
+        check_noise(self, call.generator, call.latents, num_images, self.latent_size(call.height, call.width))
+        tensor_inputs = call.callback_on_step_end_tensor_inputs
+        check_callback(call.callback_on_step_end, tensor_inputs, self._callback_tensor_inputs)
+        if call.cross_attention_kwargs is not None and not isinstance(call.cross_attention_kwargs, dict):
+            raise ObjectComposeError(f"`cross_attention_kwargs` must be a dict, got {call.cross_attention_kwargs!r}.")
+        check_parts(call.parts)
+        for part in call.parts:
+            if part.kind == "group":
+                part.check(self, call)
+        return batch_size
+
+    def check_attention(
+        self, call: "CallArguments", placed: "Sequence[Sequence[PlacedObject]]", own_layers: "Sequence[str]" = ()
+    ) -> "list[str]":
+        """Check that the parts of a call can be installed, and what its attention maps ask for.
+
+        Args:
+            call: the arguments, which passed `check_call`.
+            placed: per prompt its objects.
+            own_layers: cross-attention layers that the method's own parts are going to act on.
+
+        Returns:
+            Names of the layers whose attention is recorded; none without `return_attention`.
+
+        Raises:
+            MissingFieldError: maps are asked for, and no object has a phrase.
+            LayerNotFoundError, PartConflictError: what `use_parts` raises, here before any long work.
+            ObjectComposeError: `attention_layers` or `attention_steps` without `return_attention`.
+        """
+        map_layers: "list[str]" = []
+        if call.return_attention:
+            if not any(item.token_indices for row in placed for item in row):
+                raise MissingFieldError("`return_attention=True` needs `objects` with a `phrase` each, got no object.")
+            map_layers = phrase_map_layers(self.unet, call.attention_layers)
+        else:
+            for name in ("attention_layers", "attention_steps"):
+                value = getattr(call, name)
+                if value is not None:
+                    raise ObjectComposeError(f"`{name}` needs `return_attention=True`, got {value!r} without it.")
+        single = [part for part in call.parts if part.kind != "group"]  # groups have checked themselves
+        check_installable(self.unet, single, [*dict.fromkeys([*map_layers, *own_layers])])
+        return map_layers
+
+    # ---- sampling
+
+    def start_sampling(self, call: "CallArguments", num_images: "int") -> "SamplingState":
+        """Set the timesteps, encode text and image prompts, draw the noise.
+
+        Args:
+            call: the arguments, which passed `check_call`.
+            num_images: M, prompts times `num_images_per_prompt`.
+
+        Raises:
+            ObjectComposeError: `attention_steps` beyond the loop, or a schedule that the scheduler refuses; before any
+                model runs.
+        """
+        self.set_call_state(call.guidance_scale, call.guidance_rescale, call.clip_skip, call.cross_attention_kwargs)
+        device = self._execution_device
+        # Before any model runs, since only the scheduler knows how many iterations the loop has.
+        schedule, num_steps = self.prepare_timesteps(call.num_inference_steps, device, call.timesteps, call.sigmas)
+        self._num_timesteps = len(schedule)
+        check_attention_steps(call.attention_steps, len(schedule))
+
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            call.prompt,
+            device,
+            call.num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            call.negative_prompt,
+            prompt_embeds=call.prompt_embeds,
+            negative_prompt_embeds=call.negative_prompt_embeds,
+            lora_scale=call.lora_scale,
+            clip_skip=call.clip_skip,
+        )
+        if self.do_classifier_free_guidance:  # one forward for both halves, [uncond, cond]
+            assert negative_prompt_embeds is not None
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        added_cond_kwargs = None
+        if call.ip_adapter_image is not None or call.ip_adapter_image_embeds is not None:
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                call.ip_adapter_image,
+                call.ip_adapter_image_embeds,
+                device,
+                num_images,
+                self.do_classifier_free_guidance,
+            )
+            added_cond_kwargs = {"image_embeds": image_embeds}
+
+        channels, dtype = self.unet.config.in_channels, prompt_embeds.dtype
+        latents = self.prepare_latents(
+            num_images, channels, call.height, call.width, dtype, device, call.generator, call.latents
+        )
+        return SamplingState(
+            device,
+            schedule,
+            num_steps,
+            prompt_embeds,
+            negative_prompt_embeds,
+            latents,
+            added_cond_kwargs,
+            timestep_cond=self.prepare_timestep_cond(num_images, device, latents.dtype),
+            extra_step_kwargs=self.prepare_extra_step_kwargs(call.generator, call.eta),
+        )
+
+    def make_recorder(
+        self, call: "CallArguments", placed: "Sequence[Sequence[PlacedObject]]", map_layers: "Sequence[str]"
+    ) -> "PhraseMapRecorder | None":
+        """What records the maps of `return_attention`; None where none are asked for.
+
+        Args:
+            call: the arguments.
+            placed: per picture its objects; those without a phrase have no map.
+            map_layers: what `check_attention` returned.
+        """
+        if not call.return_attention:
+            return None
+        named = [[item for item in row if item.token_indices] for row in placed]
+        return PhraseMapRecorder(named, map_layers, self.latent_size(call.height, call.width))
+
+    def denoise(
+        self,
+        call: "CallArguments",
+        state: "SamplingState",
+        parts: "Sequence[Any]" = (),
+        recorder: "PhraseMapRecorder | None" = None,
+        before_step: "BeforeStep | None" = None,
+    ) -> "torch.Tensor":
+        """The denoising loop; returns the latents `(M, C, h, w)`, which are `state.latents` too.
+
+        Args:
+            call: the arguments.
+            state: what `start_sampling` returned; the loop changes it.
+            parts: all attention parts, `call.parts` included. A group (`part.kind == "group"`) becomes, by `bind(self,
+                call, state)`, parts of this call and a `before_step` of its own, which runs after the method's.
+            recorder: records attention maps.
+            before_step: changes the latents before each prediction: `(step, timestep, latents, prompt_embeds)` to
+                latents, `prompt_embeds` as in `state`. It runs with the parts installed; forwards of its own are for
+                the conditional half, and are not recorded.
+        """
+        bound = [part.bind(self, call, state) for part in parts if part.kind == "group"]
+        hooks = [] if before_step is None else [before_step]
+        hooks += [group.before_step for group in bound]
+        all_parts = [part for part in parts if part.kind != "group"]
+        all_parts += [part for group in bound for part in group.parts]
+        if recorder is not None:
+            all_parts.append(recorder.probe)
+        num_warmup_steps = len(state.schedule) - state.num_inference_steps * self.scheduler.order
+        with (
+            use_parts(self.unet, all_parts) as installed,
+            self.progress_bar(total=state.num_inference_steps) as progress_bar,
+        ):
+            for i, t in enumerate(state.schedule):
+                if self.interrupt:
+                    continue
+                if hooks and recorder is not None:
+                    recorder.measure_rows(is_guided=False)
+                for hook in hooks:
+                    state.latents = hook(i, t, state.latents, state.prompt_embeds)
+
+                if recorder is not None:
+                    recorder.measure_rows(is_guided=self.do_classifier_free_guidance)
+                noise_pred = self.predict_noise(state, t)
+                if recorder is not None:
+                    is_wanted = call.attention_steps is None or i in call.attention_steps
+                    if is_wanted:
+                        recorder.record()
+                    else:
+                        recorder.discard()
+
+                state.latents = self.scheduler.step(
+                    self.guide(noise_pred), t, state.latents, **state.extra_step_kwargs, return_dict=False
+                )[0]
+                if call.callback_on_step_end is not None:
+                    self._call_back(call, state, i, t)
+                    check_still_installed(self.unet, installed)
+                if i == len(state.schedule) - 1 or (
+                    (i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0
+                ):
+                    progress_bar.update()
+        return state.latents
+
+    def predict_noise(self, state: "SamplingState", timestep: "torch.Tensor") -> "torch.Tensor":
+        """The UNet's prediction for `state.latents`: `(2 * M, C, h, w)` as [uncond, cond] under guidance, else M."""
+        # a callback may have changed the guidance scale, hence asked anew in each step
+        latents = torch.cat([state.latents] * 2) if self.do_classifier_free_guidance else state.latents
+        return self.unet(
+            self.scheduler.scale_model_input(latents, timestep),
+            timestep,
+            encoder_hidden_states=state.prompt_embeds,
+            timestep_cond=state.timestep_cond,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            added_cond_kwargs=state.added_cond_kwargs,
+            return_dict=False,
+        )[0]
+
+    def _call_back(self, call: "CallArguments", state: "SamplingState", step: "int", timestep: "torch.Tensor") -> "None":
+        assert call.callback_on_step_end is not None
+        tensors = {name: getattr(state, name) for name in call.callback_on_step_end_tensor_inputs}
+        returned = call.callback_on_step_end(self, step, timestep, tensors)
+        for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
+            setattr(state, name, returned.pop(name, getattr(state, name)))
+
+    def finish_sampling(
+        self,
+        call: "CallArguments",
+        state: "SamplingState",
+        placed: "list[list[PlacedObject]] | None",
+        recorder: "PhraseMapRecorder | None" = None,
+        output_class: "type[ComposeOutput]" = ComposeOutput,
+        **own_fields: "Any",
+    ) -> "Any":
+        """Decode `state.latents`, let the models go back to where offloading keeps them, and form the output.
+
+        Args:
+            call: the arguments.
+            state: after `denoise`.
+            placed: per picture its objects; None when none were given.
+            recorder: of `make_recorder`.
+            output_class: the method's output, if it is not the common one.
+            own_fields: its further fields.
+
+        Returns:
+            The output, or a tuple of all its fields without `return_dict`.
+        """
+        images, nsfw = self.decode_to_output(
+            state.latents, call.output_type, call.generator, state.device, state.prompt_embeds.dtype
+        )
+        self.maybe_free_model_hooks()
+        attention = None if recorder is None else recorder.mean_maps()
+        output = output_class(
+            images=images, nsfw_content_detected=nsfw, objects=placed, attention=attention, **own_fields
+        )
+        return output if call.return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
 
 # --- objectcompose.adapters.model_card
@@ -3362,7 +3982,7 @@ def check_saveable(pipeline: "Any") -> "None":
 
 class TokenComposePipeline(
     HubSavingMixin,
-    StableDiffusionStepsMixin,
+    SamplingMixin,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -3392,8 +4012,6 @@ class TokenComposePipeline(
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
-    _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
@@ -3408,11 +4026,8 @@ class TokenComposePipeline(
         requires_safety_checker: "bool" = True,
     ):
         super().__init__()
-        if safety_checker is not None and feature_extractor is None:
-            raise ObjectComposeError("`safety_checker` needs `feature_extractor`; give both or set both to None.")
-        check_checkpoint(vae, text_encoder, unet)
-        modernize_scheduler(scheduler)
-        self.register_modules(
+        self.register_stable_diffusion(
+            requires_safety_checker,
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
@@ -3422,43 +4037,13 @@ class TokenComposePipeline(
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
-        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._warned_unused: "set[str]" = set()
 
-    def check_inputs(
-        self,
-        prompt: "str | list[str] | None",
-        height: "int",
-        width: "int",
-        *,
-        objects: "Any" = None,
-        parts: "Sequence[Any]" = (),
-        return_attention: "bool" = False,
-        attention_layers: "str | Sequence[str] | None" = None,
-        attention_steps: "Sequence[int] | None" = None,
-        num_inference_steps: "int" = 50,
-        timesteps: "list[int] | None" = None,
-        sigmas: "list[float] | None" = None,
-        guidance_scale: "float" = 7.5,
-        guidance_rescale: "float" = 0.0,
-        negative_prompt: "str | list[str] | None" = None,
-        num_images_per_prompt: "int" = 1,
-        eta: "float" = 0.0,
-        generator: "torch.Generator | list[torch.Generator] | None" = None,
-        latents: "torch.Tensor | None" = None,
-        prompt_embeds: "torch.Tensor | None" = None,
-        negative_prompt_embeds: "torch.Tensor | None" = None,
-        ip_adapter_image: "Any" = None,
-        ip_adapter_image_embeds: "list[torch.Tensor] | None" = None,
-        clip_skip: "int | None" = None,
-        cross_attention_kwargs: "dict[str, Any] | None" = None,
-        output_type: "str" = "pil",
-        callback_on_step_end: "Callable | None" = None,
-        callback_on_step_end_tensor_inputs: "Sequence[str] | None" = None,
-    ) -> "tuple[list[list[PlacedObject]], list[str]]":
-        """Refuse what a call cannot use, before any model runs. Arguments as in `__call__`.
+    def check_inputs(self, call: "CallArguments", objects: "Any" = None) -> "tuple[list[list[PlacedObject]], list[str]]":
+        """Refuse what a call cannot use, before any model runs.
+
+        Args:
+            call: the arguments of a call.
+            objects: as in `__call__`.
 
         Returns:
             Per prompt the placed objects (empty lists without `objects`), and the names of the layers whose attention
@@ -3467,38 +4052,12 @@ class TokenComposePipeline(
         Raises:
             ObjectComposeError: or one of its subclasses, all of them `ValueError`; the message names the argument.
         """
-        check_number("guidance_scale", guidance_scale)
-        check_number("guidance_rescale", guidance_rescale, minimum=0.0)
-        check_number("eta", eta, minimum=0.0)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        check_picture_size(height, width, self.vae_scale_factor)
-        check_output_type(output_type)
-        check_schedule(self.scheduler, num_inference_steps, timesteps, sigmas)
-        use_guidance = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-        batch_size = check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, use_guidance)
-        check_clip_skip(clip_skip, self.text_encoder)
-        check_image_prompt(self, ip_adapter_image, ip_adapter_image_embeds, use_guidance)
-        num_images = batch_size * num_images_per_prompt
-        check_noise(self, generator, latents, num_images, self.latent_size(height, width))
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
-            raise ObjectComposeError(f"`cross_attention_kwargs` must be a dict, got {cross_attention_kwargs!r}.")
-
-        check_parts(parts)
+        batch_size = self.check_call(call)
         placed: "list[list[PlacedObject]]" = [[] for _ in range(batch_size)]
         if objects is not None:
-            placed = place_phrases(self.tokenizer, prompt, objects, (height, width), ("phrase",), type(self).__name__)
-        if not return_attention:
-            for name, value in (("attention_layers", attention_layers), ("attention_steps", attention_steps)):
-                if value is not None:
-                    raise ObjectComposeError(f"`{name}` needs `return_attention=True`, got {value!r} without it.")
-            check_installable(self.unet, parts)
-            return placed, []
-        if not any(placed):
-            raise MissingFieldError("`return_attention=True` needs `objects` with a `phrase` each, got no object.")
-        map_layers = phrase_map_layers(self.unet, attention_layers)
-        check_installable(self.unet, parts, map_layers)
-        return placed, map_layers
+            canvas, method = (call.height, call.width), type(self).__name__
+            placed = place_phrases(self.tokenizer, call.prompt, objects, canvas, ("phrase",), method)
+        return placed, self.check_attention(call, placed)
 
     @torch.no_grad()
     def __call__(
@@ -3535,37 +4094,10 @@ class TokenComposePipeline(
         """Sample pictures.
 
         Args:
-            prompt: one prompt or a list of B prompts.
-            height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
-            width: as `height`.
-            num_inference_steps: number of denoising steps.
-            timesteps: custom timesteps, descending, instead of `num_inference_steps`, for schedulers that take them.
-            sigmas: custom noise levels, likewise.
-            guidance_scale: strength of classifier-free guidance; up to 1 there is none, nor a `negative_prompt`.
-            negative_prompt: what to steer away from; one text for all prompts or one each.
-            num_images_per_prompt: pictures per prompt (n).
-            eta: DDIM's noise share in [0, 1]; schedulers without it ignore it.
-            generator: source of noise; one for all pictures or a list of B * n.
-            latents: noise from N(0, 1), shape `(B * n, C, height / f, width / f)`, f the VAE's factor.
-            prompt_embeds: encoded prompts `(B, L, C)` instead of `prompt`.
-            negative_prompt_embeds: encoded negative prompts, same shape.
-            ip_adapter_image: one picture (or list) per loaded IP-Adapter.
-            ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
-            output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
-            return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
-            cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
-            guidance_rescale: see `rescale_guided_noise`.
-            clip_skip: how many of the text encoder's last layers to skip.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
-                return tensors that replace the loop's.
-            callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
             objects: `SceneObject`s or dicts, one list for all prompts or one per prompt. Each needs a `phrase` that
                 occurs in the prompt; a box is kept for plots; everything else is listed as unused.
-            parts: attention parts of other methods, installed while the loop runs and removed after it.
-            return_attention: return a map for each object's phrase.
-            attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle
-                and the decoder.
-            attention_steps: iterations of the loop to average over, from 0, as callbacks count them. Default: all.
+
+        All other arguments are those of `CallArguments`.
 
         Returns:
             `ComposeOutput`, or a tuple of its four fields with `return_dict=False`.
@@ -3573,150 +4105,18 @@ class TokenComposePipeline(
         Raises:
             ObjectComposeError: (a `ValueError`) for input it cannot use, before any model runs.
         """
-        # 0. Defaults
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
-        if height is None or width is None:
-            if isinstance(latents, torch.Tensor) and latents.ndim == 4:
-                default_height, default_width = (side * self.vae_scale_factor for side in latents.shape[-2:])
-            else:
-                default_height, default_width = self.default_size()
-            height = default_height if height is None else height
-            width = default_width if width is None else width
-
         # 1. Refuse bad input; find the phrases
-        placed, map_layers = self.check_inputs(
-            prompt,
-            height,
-            width,
-            objects=objects,
-            parts=parts,
-            return_attention=return_attention,
-            attention_layers=attention_layers,
-            attention_steps=attention_steps,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            ip_adapter_image=ip_adapter_image,
-            ip_adapter_image_embeds=ip_adapter_image_embeds,
-            clip_skip=clip_skip,
-            cross_attention_kwargs=cross_attention_kwargs,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        call = self.take_arguments(locals())
+        placed, map_layers = self.check_inputs(call, objects)
         warn_unused_fields(placed, type(self).__name__, self._warned_unused)
-        self.set_call_state(guidance_scale, guidance_rescale, clip_skip, cross_attention_kwargs)
-        device = self._execution_device
-        placed = [row for row in placed for _ in range(num_images_per_prompt)]  # per prompt -> per picture
-        num_images = len(placed)
+        placed = [row for row in placed for _ in range(call.num_images_per_prompt)]  # per prompt -> per picture
 
-        # 2. Timesteps, before any model runs, since only the scheduler knows how many iterations the loop has
-        schedule, num_inference_steps = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
-        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(schedule)
-        check_attention_steps(attention_steps, len(schedule))
+        # 2. Timesteps, text, noise
+        state = self.start_sampling(call, len(placed))
 
-        # 3. Encode prompts and image prompts; under guidance the batch is [uncond, cond]
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=None if cross_attention_kwargs is None else cross_attention_kwargs.get("scale"),
-            clip_skip=clip_skip,
-        )
-        if self.do_classifier_free_guidance:
-            assert negative_prompt_embeds is not None
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        added_cond_kwargs = None
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            image_embeds = self.prepare_ip_adapter_image_embeds(
-                ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
-            )
-            added_cond_kwargs = {"image_embeds": image_embeds}
+        # 3. The method adds nothing at inference: the caller's parts, and the probe behind `return_attention`
+        recorder = self.make_recorder(call, placed, map_layers)
+        self.denoise(call, state, call.parts, recorder)
 
-        # 4. Latents, and what scheduler and UNet want besides
-        latents = self.prepare_latents(
-            num_images, self.unet.config.in_channels, height, width, prompt_embeds.dtype, device, generator, latents
-        )
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-        timestep_cond = self.prepare_timestep_cond(num_images, device, latents.dtype)
-
-        # 5. Attention parts: the caller's, and the probe behind `return_attention`
-        recorder = PhraseMapRecorder(placed, map_layers, self.latent_size(height, width)) if return_attention else None
-        all_parts = [*parts] if recorder is None else [*parts, recorder.probe]
-        recorded_steps = None if attention_steps is None else set(attention_steps)
-
-        # 6. Denoising loop
-        with (
-            use_parts(self.unet, all_parts) as installed,
-            self.progress_bar(total=num_inference_steps) as progress_bar,
-        ):
-            for i, t in enumerate(schedule):
-                if self.interrupt:
-                    continue
-
-                # a callback may have changed the guidance scale, hence asked anew in each step
-                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-                if recorder is not None:
-                    recorder.measure_rows(is_guided=self.do_classifier_free_guidance)
-
-                noise_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=prompt_embeds,
-                    timestep_cond=timestep_cond,
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    added_cond_kwargs=added_cond_kwargs,
-                    return_dict=False,
-                )[0]
-                if recorder is not None:
-                    if recorded_steps is None or i in recorded_steps:
-                        recorder.record()
-                    else:
-                        recorder.discard()
-
-                noise_pred = self.guide(noise_pred)
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    check_still_installed(self.unet, installed)
-
-                if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
-
-        # 7. Decode, and let the models go back to where offloading keeps them
-        images, nsfw = self.decode_to_output(latents, output_type, generator, device, prompt_embeds.dtype)
-        self.maybe_free_model_hooks()
-
-        output = ComposeOutput(
-            images=images,
-            nsfw_content_detected=nsfw,
-            objects=None if objects is None else placed,
-            attention=None if recorder is None else recorder.mean_maps(),
-        )
-        if not return_dict:
-            return output.images, output.nsfw_content_detected, output.objects, output.attention
-        return output
+        # 4. Pictures
+        return self.finish_sampling(call, state, None if objects is None else placed, recorder)

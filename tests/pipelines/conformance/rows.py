@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
+from objectcompose.adapters.locref_adapter import LocRefAdapter
+from objectcompose.pipelines.pipeline_locref import LocRefPipeline
+from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
+from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
-from tests.tiny import tiny_components
+from tests.pipelines.object_prompt_helpers import own_components as object_prompt_components
+from tests.tiny import tiny_components, tiny_image_encoder
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,63 @@ def generators(count: int, first: int = 1) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + index) for index in range(count)]
 
 
+def picture(colour: str, width: int = 20, height: int = 12) -> Image.Image:
+    """A reference: a disc on transparent ground."""
+    image = Image.new("RGBA", (width, height))
+    image.paste(Image.new("RGBA", (width - 4, height - 4), colour), (2, 2))
+    return image
+
+
+# a batch of different layouts: two references that overlap, and one beside an object of the prompt alone
+REFERENCE_SCENES = (
+    Scene(
+        "a dog and a corgi",
+        [
+            {"phrase": "dog", "image": picture("red"), "box": (0.0, 0.1, 0.6, 0.8)},
+            {"phrase": "corgi", "image": picture("blue", 9, 17), "box": (0.4, 0.2, 1.0, 1.0), "order": 1},
+        ],
+    ),
+    Scene(
+        "a red cup on the table",
+        [{"image": picture("green"), "box": (0.3, 0.3, 0.9, 0.7), "scale": 0.8}, {"phrase": "table"}],
+    ),
+)
+
+
+# another number of objects in each, one of them without a phrase
+PROMPTED_SCENES = (
+    Scene("a dog and a corgi", [{"phrase": "dog", "image": picture("red")}, {"image": picture("blue", 9, 17)}]),
+    Scene("a red cup on the table", [{"phrase": "red cup", "image": picture("green"), "scale": 0.8}]),
+)
+
+
+# boxes that overlap, and one object alone
+BOXED_SCENES = (
+    Scene(
+        "a dog and a corgi",
+        [{"phrase": "dog", "box": (0.0, 0.1, 0.6, 0.8)}, {"phrase": "corgi", "box": (0.4, 0.2, 1.0, 1.0)}],
+    ),
+    Scene("a red cup on the table", [{"phrase": "red cup", "box": (0.3, 0.3, 0.9, 0.7)}]),
+)
+# two steps, both guided, the second one with refined masks
+BOX_CONTROL = {"guided_steps": 4, "iterations": 1, "refine_start": 1, "stop_below": 0.0}
+
+
+def locref_components(unet: Any) -> dict[str, Any]:
+    encoder = tiny_image_encoder()
+    return {"image_encoder": encoder, "adapter": LocRefAdapter.from_unet(unet, image_encoder=encoder, num_tokens=3)}
+
+
 ROWS = {
     "token_compose": Row(TokenComposePipeline, {"return_attention": True}),
+    "locref": Row(
+        LocRefPipeline, {"return_attention": True}, scenes=REFERENCE_SCENES, adds_components=locref_components
+    ),
+    "mifo": Row(MIFOPipeline, {"return_attention": True, "box_control": BOX_CONTROL}, scenes=BOXED_SCENES),
+    "object_prompt": Row(
+        ObjectPromptPipeline,
+        {"return_attention": True},
+        scenes=PROMPTED_SCENES,
+        adds_components=object_prompt_components,
+    ),
 }

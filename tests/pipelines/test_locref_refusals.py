@@ -1,0 +1,106 @@
+"""What LocRefPipeline refuses, each with its typed error and before any model runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+
+from objectcompose.adapters.locref_adapter import LocRefAdapter
+from objectcompose.errors import (
+    CheckpointError,
+    ImageInputError,
+    LayoutError,
+    MissingFieldError,
+    NonFiniteError,
+    ObjectComposeError,
+    PartConflictError,
+    PhraseNotFoundError,
+    RegionError,
+)
+from objectcompose.layout import SceneObject
+from tests.pipelines.helpers import sample
+from tests.pipelines.locref_helpers import DOG, PROMPT, locref
+from tests.tiny import tiny_components, tiny_image_encoder
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return locref()
+
+
+def refused(pipeline, error, message, objects, **arguments):
+    """The call raises, and no model ran."""
+    ran = []
+    models = [pipeline.unet, pipeline.text_encoder, pipeline.image_encoder, pipeline.adapter]
+    handles = [model.register_forward_pre_hook(lambda *_: ran.append(1)) for model in models if model is not None]
+    with pytest.raises(error, match=message):
+        sample(pipeline, arguments.pop("prompt", PROMPT), objects=objects, **arguments)
+    for handle in handles:
+        handle.remove()
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("objects", "error", "message"),
+    [
+        ([{"image": DOG.image}], MissingFieldError, r"`box`.*objects\[0\]"),
+        ([{"image": DOG.image, "mask": torch.ones(4, 4)}], MissingFieldError, r"`box`.*objects\[0\]"),
+        ([{"box": DOG.box}], MissingFieldError, r"`image`, or a `phrase`.*objects\[0\]"),
+        ([DOG] * 21, ObjectComposeError, "at most 20 objects per prompt, got 21"),
+        ([{"image": DOG.image, "box": (0.5, 0.2, 0.5, 0.9)}], LayoutError, "x0 < x1"),
+        ([{"image": DOG.image, "box": (0.5, 0.2, 1.2, 0.9)}], LayoutError, r"\[0, 1\]"),
+        ([{"image": "nowhere.png", "box": DOG.box}], ImageInputError, "nowhere.png"),
+        ([{"image": 7, "box": DOG.box}], ImageInputError, "PIL image or a path, got 7"),
+        ([{"image": Image.new("RGBA", (4, 4)), "box": DOG.box}], ImageInputError, "alpha channel that is 0"),
+        ([{"image": DOG.image, "box": DOG.box, "phrase": "cat"}], PhraseNotFoundError, "cat"),
+        ([{"image": DOG.image, "box": DOG.box, "weight": 1}], LayoutError, "weight"),
+        ([{"image": DOG.image, "box": DOG.box, "scale": -1}], LayoutError, "scale"),
+    ],
+)
+def test_objects_that_cannot_be_used_are_refused(shared, objects, error, message):
+    refused(shared, error, message, objects)
+
+
+def test_strengths_that_are_no_numbers_are_refused(shared):
+    refused(shared, ObjectComposeError, "`gamma` must be at least 0.0, got -1", [DOG], gamma=-1)
+    refused(shared, NonFiniteError, "`ri_scale`", [DOG], ri_scale=float("nan"))
+    refused(shared, ObjectComposeError, "`ci_scale` must be a number, got '1'", [DOG], ci_scale="1")
+
+
+def test_more_boxes_than_the_finest_grid_holds_are_refused(shared):
+    refused(shared, RegionError, "17 regions", [SceneObject(image=DOG.image, box=DOG.box)] * 17, height=8, width=8)
+
+
+def test_components_that_are_missing_or_do_not_fit_are_refused():
+    refused(locref(adapter=None), CheckpointError, "`adapter` is needed.*load_adapter", [DOG])
+    refused(locref(image_encoder=None), CheckpointError, "`image_encoder` is needed", [DOG])
+    wide = locref({"image_encoder": None})  # for the encoder of IP-Adapter
+    refused(wide, CheckpointError, r"width 1280 \(pooled\), got one that gives 10", [DOG])
+    refused(locref(adapter=None), ObjectComposeError, "`return_composite=True`", None, return_composite=True)
+    coordinates = locref({"composite": "coordinates"})
+    refused(coordinates, ObjectComposeError, "`return_composite=True`", [DOG], return_composite=True)
+
+
+def test_an_adapter_of_another_base_is_refused():
+    torch.manual_seed(99)
+    other = UNet2DConditionModel.from_config(tiny_components()["unet"].config)
+    adapter = LocRefAdapter.from_unet(other, "tester/other", tiny_image_encoder())
+    with pytest.raises(CheckpointError, match="tester/other"):
+        locref(adapter=adapter)
+    pipeline = locref()
+    before = pipeline.adapter
+    with pytest.raises(CheckpointError, match="tester/other"):
+        pipeline.load_adapter(adapter)
+    assert pipeline.adapter is before
+
+
+def test_processors_that_cannot_be_replaced_are_refused_before_any_model_runs():
+    class ForeignProcessor(AttnProcessor2_0):
+        pass
+
+    pipeline = locref()
+    pipeline.unet.set_attn_processor(ForeignProcessor())
+    refused(pipeline, PartConflictError, "ForeignProcessor", [DOG])

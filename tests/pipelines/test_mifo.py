@@ -1,0 +1,301 @@
+"""MIFOPipeline on tiny components: what it finds in prompts, what it refuses, how it stacks with others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from objectcompose.errors import (
+    LayerNotFoundError,
+    LayoutError,
+    MissingFieldError,
+    ObjectComposeError,
+    PhraseNotFoundError,
+    PromptTooLongError,
+    RegionError,
+)
+from objectcompose.layout import SceneObject
+from objectcompose.pipelines.mifo_control import BoundBoxControl, MIFOBoxControl, box_control_options
+from objectcompose.pipelines.pipeline_locref import LocRefPipeline
+from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
+from objectcompose.pipelines.placement import place_phrases
+from objectcompose.pipelines.subject_tokens import function_word_positions, prompt_subjects
+from tests.pipelines.conformance.rows import ROWS, generators, quiet
+from tests.pipelines.helpers import both_pipelines, compose_pipeline
+from tests.tiny import TEXT_WIDTH, tiny_components, tiny_tokenizer
+
+
+LEFT, RIGHT = (0.0, 0.1, 0.5, 0.9), (0.5, 0.1, 1.0, 0.9)
+PROMPT = "a photo of a dog and a corgi"
+DOG_AND_CORGI = [{"phrase": "dog", "box": LEFT}, {"phrase": "corgi", "box": RIGHT}]
+BRIEF = {"guided_steps": 1, "iterations": 1, "refine": False}
+
+
+def mifo_pipeline(**changes):
+    return quiet(MIFOPipeline(**{**tiny_components(), **changes}))
+
+
+def paint(pipeline, prompt=PROMPT, objects=DOG_AND_CORGI, **arguments):
+    defaults = {"num_inference_steps": 2, "output_type": "pt", "box_control": BRIEF, "generator": generators(1)[0]}
+    return pipeline(prompt, objects=objects, **{**defaults, **arguments}).images
+
+
+def learn(pipeline, **vectors):
+    """Enter placeholders as diffusers' `load_textual_inversion` does; `asset0=2` is one of two vectors."""
+    for name, count in vectors.items():
+        embedding = torch.randn(count, TEXT_WIDTH, generator=torch.Generator().manual_seed(count))
+        pipeline.load_textual_inversion({f"<{name}>": embedding}, token=f"<{name}>")
+    return pipeline
+
+
+def subjects_of(tokenizer, prompt, objects):
+    items = [SceneObject(**item) for item in objects]
+    placed = place_phrases(tokenizer, prompt, items, (32, 32), ("phrase",), "test")[0]
+    return prompt_subjects(tokenizer, prompt, items, placed)
+
+
+# ---- what is found in a prompt
+
+
+def test_function_words_and_digits_are_found_as_whole_words():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<two>", "<two>_1"])
+    #         1 2     3  4     5       6   7   8  9   10  11 12 13 14 (corgi and cupboard are of two pieces)
+    prompt = "a photo of <two> and two corgi to 13 dogs on"
+    assert function_word_positions(tokenizer, prompt) == [1, 3, 6, 7, 10, 11, 12, 14]
+    assert function_word_positions(tokenizer, "carton of dogs") == [2]  # "to" inside of a word is none
+
+
+def test_subjects_are_their_words_without_function_words():
+    found = subjects_of(tiny_tokenizer(), PROMPT, [{"phrase": "a dog"}, {"phrase": "a corgi"}])
+    #                    0=start 1=a 2=photo 3=of 4=a 5=dog 6=and 7=a 8,9=corgi 10=end
+    assert found.token_indices == ((5,), (8, 9)) and found.leading_indices == (5, 9)
+    assert found.end_index == 10 and found.filtered_indices == (1, 3, 4, 6, 7)
+
+
+def test_a_phrase_of_function_words_keeps_them():
+    found = subjects_of(tiny_tokenizer(), "two and a dog", [{"phrase": "two"}, {"phrase": "dog"}])
+    assert found.token_indices == ((1,), (4,)) and found.filtered_indices == (2, 3)
+
+
+def test_placeholders_of_several_vectors_and_ordinary_words_mix():
+    pipeline = learn(mifo_pipeline(), asset0=2, asset1=1)
+    prompt = "a photo of <asset0> and a red <asset1> with a cup"
+    objects = [{"token": "<asset0>"}, {"phrase": "a red <asset1>", "token": "<asset1>"}, {"phrase": "cup"}]
+    found = subjects_of(pipeline.tokenizer, prompt, objects)
+    #         1=a 2=photo 3=of 4,5=asset0 6=and 7=a 8=red 9=asset1 10=with 11=a 12=cup 13=end
+    assert found.token_indices == ((4, 5), (8, 9), (12,)) and found.leading_indices == (4, 9, 12)
+    assert found.end_index == 13
+    boxes = (LEFT, RIGHT, (0.3, 0.0, 0.7, 0.3))
+    boxed = [{**item, "box": box} for item, box in zip(objects, boxes, strict=True)]
+    output = pipeline(prompt, objects=boxed, num_inference_steps=2, output_type="pt", box_control=BRIEF)
+    assert torch.isfinite(output.images).all()
+    assert [item.label for item in output.objects[0]] == ["<asset0>", "a red <asset1>", "cup"]
+    assert all(item.unused == () for item in output.objects[0])
+
+
+# ---- what it does
+
+
+def test_control_changes_the_picture_and_can_be_left_out():
+    plain, _ = both_pipelines()
+    ours = mifo_pipeline()
+    expected = plain(PROMPT, num_inference_steps=2, output_type="pt", generator=generators(1)[0]).images
+    assert torch.equal(paint(ours, use_box_control=False), expected)
+    assert torch.equal(paint(ours, objects=[]), expected)
+    assert not torch.equal(paint(ours), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"penalty": "none"},
+        {"penalty": "constant", "guided_steps": 2},
+        {"attention": "self"},
+        {"attention": "cross"},
+        {"guided_steps": 0},
+        {"refine": True, "refine_start": 1, "restarts": 2},
+        {"padding": "like_end"},
+        {"iterations": 3},
+        {"subjects_in_reward": True},
+    ],
+)
+def test_every_option_changes_the_picture(change):
+    pipeline = mifo_pipeline()
+    base = {**BRIEF, "guided_steps": change.get("guided_steps", 1) or 1}
+    assert not torch.equal(paint(pipeline, box_control=base), paint(pipeline, box_control={**base, **change}))
+
+
+def test_a_mask_of_the_same_cells_acts_as_the_box():
+    pipeline = mifo_pipeline()
+    mask = torch.zeros(32, 32)
+    mask[:, :16] = 1
+    full_left = {"phrase": "dog", "box": (0.0, 0.0, 0.5, 1.0)}
+    by_box = paint(pipeline, objects=[full_left, DOG_AND_CORGI[1]])
+    by_mask = paint(pipeline, objects=[{"phrase": "dog", "mask": mask}, DOG_AND_CORGI[1]])
+    assert torch.equal(by_box, by_mask)
+
+
+def test_a_prompt_without_objects_in_a_batch_is_the_plain_one():
+    plain, _ = both_pipelines()
+    ours = mifo_pipeline()
+    images = ours(
+        [PROMPT, "a dog"], objects=[DOG_AND_CORGI, []], num_inference_steps=2, output_type="pt", box_control=BRIEF,
+        generator=generators(2),
+    ).images  # fmt: skip
+    expected = plain("a dog", num_inference_steps=2, output_type="pt", generator=generators(1, 2)[0]).images
+    torch.testing.assert_close(images[1], expected[0], atol=1e-4, rtol=0)
+
+
+def test_guidance_leaves_the_unet_early_and_runs_one_half():
+    pipeline, runs = mifo_pipeline(), []
+    handles = [
+        pipeline.unet.get_submodule(name).register_forward_hook(
+            lambda _, args, __, name=name: runs.append((name, len(args[0])))
+        )
+        for name in ("conv_in", "conv_out")
+    ]
+    paint(pipeline, box_control={**BRIEF, "iterations": 3, "stop_below": 0.0})
+    for handle in handles:
+        handle.remove()
+    one_guided_step = [("conv_in", 1)] * 3 + [("conv_in", 2), ("conv_out", 2)]
+    assert runs == [*one_guided_step, ("conv_in", 2), ("conv_out", 2)]
+
+
+def test_a_velocity_model_is_handled():
+    scheduler = DDIMScheduler.from_config(tiny_components()["scheduler"].config, prediction_type="v_prediction")
+    pipeline = mifo_pipeline(scheduler=scheduler)
+    images = paint(pipeline)
+    assert torch.isfinite(images).all() and not torch.equal(images, paint(mifo_pipeline()))
+
+
+def test_weights_that_are_being_trained_get_no_gradients():
+    pipeline = mifo_pipeline()
+    pipeline.unet.requires_grad_(True)
+    paint(pipeline)
+    assert all(weight.requires_grad and weight.grad is None for weight in pipeline.unet.parameters())
+
+
+# ---- as a part of other pipelines
+
+
+def test_as_a_part_it_does_what_the_pipeline_does():
+    expected = paint(mifo_pipeline())
+    part = MIFOBoxControl(DOG_AND_CORGI, BRIEF)
+    pipeline = compose_pipeline()
+    for _ in range(2):  # nothing of one call is left for the next
+        found = pipeline(
+            PROMPT, num_inference_steps=2, output_type="pt", generator=generators(1)[0], parts=[part]
+        ).images
+        assert torch.equal(found, expected)
+
+
+def test_beside_a_branch_of_another_method_both_halves_run():
+    row = ROWS["locref"]
+    pipeline = quiet(LocRefPipeline(**row.components()))
+    scene = row.scenes[0]
+    arguments = {"prompt": scene.prompt, "objects": list(scene.objects), "num_inference_steps": 2, "output_type": "pt"}
+    part = MIFOBoxControl([{"phrase": "dog", "box": LEFT}, {"phrase": "corgi", "box": RIGHT}], BRIEF)
+    sizes = []
+    handle = pipeline.unet.conv_in.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    both = pipeline(generator=generators(1)[0], parts=[part], **arguments).images
+    handle.remove()
+    alone = pipeline(generator=generators(1)[0], **arguments).images
+    assert torch.isfinite(both).all() and not torch.equal(both, alone)
+    assert sizes == [2, 2, 2]  # one guidance pass of both halves, which the branch is made for, and two steps
+
+
+def test_foreign_parts_do_not_change_what_guidance_reads(monkeypatch):
+    """Running both halves moves the latents as running the conditional one does."""
+    expected = paint(mifo_pipeline())
+    monkeypatch.setattr(BoundBoxControl, "_has_foreign_parts", lambda self: True)
+    torch.testing.assert_close(paint(mifo_pipeline()), expected, atol=1e-4, rtol=0)
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("objects", "error", "message"),
+    [
+        ([{"phrase": "dog"}], MissingFieldError, "`box` or `mask`"),
+        ([{"box": LEFT}], MissingFieldError, "`phrase` or `token`"),
+        ([{"phrase": "cat", "box": LEFT}], PhraseNotFoundError, "cat"),
+        ([{"token": "<asset9>", "box": LEFT}], PhraseNotFoundError, "<asset9>.*it has none"),
+        (
+            [{"phrase": "dog", "box": LEFT}, {"phrase": "corgi", "box": LEFT}],
+            RegionError,
+            "'dog' and 'corgi'.*overlap",
+        ),
+        ([{"phrase": "dog", "box": (0, 0, 2, 1)}], LayoutError, r"\[0, 1\]"),
+        ([{"phrase": "dog", "box": LEFT}] * 2, PhraseNotFoundError, "2 time"),
+        ([{"phrase": "dog", "mask": torch.ones(4, 8)}], RegionError, "proportions"),
+        ("dog", LayoutError, "list of objects"),
+    ],
+)
+def test_objects_that_cannot_be_controlled_are_refused(objects, error, message):
+    pipeline = mifo_pipeline()
+    forwards = []
+    pipeline.text_encoder.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(error, match=message):
+        paint(pipeline, objects=objects)
+    with pytest.raises(error, match=message):
+        compose_pipeline()(PROMPT, num_inference_steps=2, parts=[MIFOBoxControl(objects)])
+    assert forwards == []
+
+
+def test_known_placeholders_are_named():
+    pipeline = learn(mifo_pipeline(), asset0=1)
+    with pytest.raises(PhraseNotFoundError, match="it has <asset0>"):
+        paint(pipeline, objects=[{"token": "<asset1>", "box": LEFT}])
+    with pytest.raises(PhraseNotFoundError, match="must occur in the prompt"):
+        paint(pipeline, objects=[{"token": "<asset0>", "box": LEFT}])
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(PromptTooLongError, match="77"):
+        paint(mifo_pipeline(), prompt="a dog and " * 40)
+
+
+def test_more_objects_than_the_grid_tells_apart_are_refused():
+    pipeline = mifo_pipeline()
+    words = ("dog", "cat", "cup", "car", "bird", "table")
+    corners = [(i % 4 / 4, i // 4 / 4) for i in range(6)]
+    objects = [
+        {"phrase": word, "box": (x, y, x + 0.25, y + 0.25)} for word, (x, y) in zip(words, corners, strict=True)
+    ]
+    small = {"height": 8, "width": 8, "box_control": {**BRIEF, "refine": True}}
+    with pytest.raises(RegionError, match="at most 5"):
+        paint(pipeline, prompt=" and ".join(words), objects=objects, **small)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"box_control": {"steps": 3}}, ObjectComposeError, "steps.*guided_steps"),
+        ({"box_control": {"iterations": 0}}, ObjectComposeError, "iterations"),
+        ({"box_control": {"restarts": 0}}, ObjectComposeError, "restarts"),
+        ({"box_control": 3}, ObjectComposeError, "options"),
+        ({"loss_layers": "attn7"}, LayerNotFoundError, "attn7"),
+        ({"map_layers": r"up_blocks\.[12].*"}, RegionError, "one grid"),
+        ({"map_layers": r"up_blocks\.2.*", "height": 80, "width": 80, "box_control": None}, RegionError, "1024"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 77, TEXT_WIDTH)}, ObjectComposeError, "needs `prompt`"),
+    ],
+)
+def test_bad_options_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        paint(mifo_pipeline(), **{"prompt": PROMPT, **arguments})
+
+
+def test_options_are_taken_in_every_form():
+    given = box_control_options({"iterations": 2, "seed": 7})
+    assert given.iterations == 2 and given.refinement.seed == 7
+    assert box_control_options(given) is given
+    assert box_control_options(None).iterations == 5
+
+
+def test_layers_can_be_chosen():
+    pipeline = mifo_pipeline()
+    chosen = paint(pipeline, loss_layers=r"up_blocks\.1.*", map_layers=r"down_blocks\.0.*")
+    assert torch.isfinite(chosen).all() and not torch.equal(chosen, paint(pipeline))
