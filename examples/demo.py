@@ -3,7 +3,8 @@
     python -m objectcompose.examples.demo
 
 Writes `outputs/demo/gallery.png` (the pictures, where each phrase was looked at, and which objects an independent
-judge finds) and `outputs/demo/report.json` (prompts, seeds, the judge's findings, seconds). Nothing is downloaded.
+judge finds; then the same prompts and noise after TokenCompose's fine-tuning) and `outputs/demo/report.json` (prompts,
+seeds, the judge's findings, seconds). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.errors import ObjectComposeError
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.files import write_atomically
@@ -31,12 +33,14 @@ from objectcompose.pipelines.pipeline_output import ComposeOutput
 from objectcompose.pipelines.plot import overlay_output
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.scenes import list_objects
-from objectcompose.toybox.weights import active_categories
+from objectcompose.toybox.weights import active_categories, toybox_path
+from objectcompose.training.export import DELTA_NAME
 
 
 # positions in the list of categories that the model was trained on, so that every preset has these scenes
 DEMO_SCENES = ((0,), (1,), (2,), (3, 4), (5, 6), (7, 1), (2, 5, 0), (4, 6, 3))
 DEMO_SEEDS = (11, 12)
+TUNED_SCENES = (3, 4)  # of `DEMO_SCENES`, painted again after TokenCompose's fine-tuning
 DEMO_STEPS, DEMO_GUIDANCE = 20, 5.0
 _COUNT_WORDS = {1: "One object", 2: "Two objects", 3: "Three objects"}
 
@@ -80,7 +84,9 @@ def paint_scene(pipeline: Any, scene: DemoScene, progress: Any, steps: int = DEM
     )
 
 
-def judge_scene(judge: Any, scene: DemoScene, images: Sequence[Image.Image], seconds: float) -> list[dict[str, Any]]:
+def judge_scene(
+    judge: Any, scene: DemoScene, images: Sequence[Image.Image], seconds: float, weights: str = "base"
+) -> list[dict[str, Any]]:
     """The report's entries: per picture what the judge finds and which of the named objects are among it."""
     entries = []
     for seed, detections in zip(DEMO_SEEDS, judge.detect(pictures_to_tensor(images)), strict=True):
@@ -96,6 +102,7 @@ def judge_scene(judge: Any, scene: DemoScene, images: Sequence[Image.Image], sec
         entries.append(
             {
                 "prompt": scene.prompt,
+                "weights": weights,
                 "seed": seed,
                 "found": found,
                 "present": {name: name in seen for name in scene.categories},
@@ -130,10 +137,26 @@ def gallery_rows(
     return rows
 
 
+def comparison_row(
+    base: Sequence[ComposeOutput],
+    tuned: Sequence[ComposeOutput],
+    base_entries: Sequence[Sequence[dict[str, Any]]],
+    tuned_entries: Sequence[Sequence[dict[str, Any]]],
+) -> GalleryRow:
+    """The first picture of each scene before and after fine-tuning, side by side, with their attention overlays."""
+    images, captions, overlays = [], [], []
+    for pair in zip(zip(base, base_entries, strict=True), zip(tuned, tuned_entries, strict=True), strict=True):
+        for output, entries in pair:
+            images.append(output.images[0])
+            captions.append(f"{entries[0]['weights']}: {demo_caption(entries[0])}")
+            overlays.append(list(overlay_output(output)[0].values()))
+    return GalleryRow("The same noise before and after TokenCompose's fine-tuning", images, captions, overlays)
+
+
 def write_report(path: Path, entries: Sequence[dict[str, Any]], steps: int, seconds: float) -> dict[str, Any]:
     """Write `report.json` (all of it or nothing); returns what it holds."""
     by_count: dict[str, list[float]] = {}
-    for entry in entries:
+    for entry in (entry for entry in entries if entry["weights"] == "base"):
         by_count.setdefault(str(len(entry["present"])), []).append(float(all(entry["present"].values())))
     report = {
         "pipeline": "TokenComposePipeline",
@@ -148,21 +171,57 @@ def write_report(path: Path, entries: Sequence[dict[str, Any]], steps: int, seco
     return report
 
 
-def run_demo(pipeline: Any, judge: Any, scenes: Sequence[DemoScene], out: Path, steps: int = DEMO_STEPS) -> dict:
-    """Paint, judge and write everything; returns the report."""
+def run_demo(
+    pipeline: Any,
+    judge: Any,
+    tuning: UNetDelta,
+    scenes: Sequence[DemoScene],
+    out: Path,
+    steps: int = DEMO_STEPS,
+    tuned_scenes: Sequence[int] = TUNED_SCENES,
+) -> dict[str, Any]:
+    """Paint, judge and write everything; returns the report.
+
+    Args:
+        pipeline: the base.
+        judge: looks at the pictures.
+        tuning: what TokenCompose's fine-tuning changed; the pipeline has it no more afterwards.
+        scenes: of `demo_scenes`.
+        out: folder of gallery and report.
+        steps: of denoising.
+        tuned_scenes: numbers of the scenes that are painted again with the tuning.
+    """
     started = time.perf_counter()
     pipeline.set_progress_bar_config(disable=True)  # one bar for the whole demo instead
-    outputs, entries = [], []
-    with tqdm(total=len(scenes) * len(DEMO_SEEDS) * steps, desc="painting", unit="step") as progress:
+    outputs, entries, tuned_outputs, tuned_entries = [], [], [], []
+    chosen = [scenes[number] for number in tuned_scenes]
+    total = (len(scenes) + len(chosen)) * len(DEMO_SEEDS) * steps
+    with tqdm(total=total, desc="painting", unit="step") as progress:
         for scene in scenes:
-            scene_started = time.perf_counter()
-            output = paint_scene(pipeline, scene, progress, steps)
+            output, found = paint_and_judge(pipeline, judge, scene, progress, steps, "base")
             outputs.append(output)
-            entries.append(judge_scene(judge, scene, output.images, time.perf_counter() - scene_started))
+            entries.append(found)
+        tuning.attach(pipeline.unet)
+        for scene in chosen:
+            output, found = paint_and_judge(pipeline, judge, scene, progress, steps, "TokenCompose")
+            tuned_outputs.append(output)
+            tuned_entries.append(found)
+        tuning.detach(pipeline.unet)
     rows = gallery_rows(scenes, outputs, entries)
+    before = [[found[number] for number in tuned_scenes] for found in (outputs, entries)]
+    rows.append(comparison_row(before[0], tuned_outputs, before[1], tuned_entries))
     save_gallery(rows, out / "gallery.png", headline="objectcompose: several objects in one picture")
-    flat = [entry for found in entries for entry in found]
+    flat = [entry for found in [*entries, *tuned_entries] for entry in found]
     return write_report(out / "report.json", flat, steps, time.perf_counter() - started)
+
+
+def paint_and_judge(
+    pipeline: Any, judge: Any, scene: DemoScene, progress: Any, steps: int, weights: str
+) -> tuple[ComposeOutput, list[dict[str, Any]]]:
+    """A scene's pictures and the report's entries."""
+    started = time.perf_counter()
+    output = paint_scene(pipeline, scene, progress, steps)
+    return output, judge_scene(judge, scene, output.images, time.perf_counter() - started, weights)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         pipeline, judge = load_checkpoint(), Judge.load()
-        report = run_demo(pipeline, judge, demo_scenes(active_categories()), args.out, args.steps)
+        tuning = UNetDelta.load(toybox_path("tokencompose") / DELTA_NAME)
+        report = run_demo(pipeline, judge, tuning, demo_scenes(active_categories()), args.out, args.steps)
     except ObjectComposeError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from objectcompose.toybox.categories import PRESETS, Preset
 
 
 ENVIRONMENT_VARIABLE = "OBJECTCOMPOSE_TOYBOX"
-FOLDERS = ("base", "image_encoder", "dino", "clipseg", "judge")
+FOLDERS = ("base", "image_encoder", "dino", "clipseg", "judge", "tokencompose")
 
 
 def toybox_root() -> Path:
@@ -34,10 +34,10 @@ def toybox_root() -> Path:
 
 
 def toybox_path(name: str = "base") -> Path:
-    """The folder of one model, to be given to its `from_pretrained`.
+    """The folder of one model, to be given to its `from_pretrained`; of "tokencompose" a delta for the base's UNet.
 
     Args:
-        name: one of "base", "image_encoder", "dino", "clipseg", "judge".
+        name: one of `FOLDERS`.
 
     Raises:
         CheckpointError: no such model, or its weights are missing.

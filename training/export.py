@@ -26,15 +26,21 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Enter the options of the exported weights and their card."""
+    add_card_arguments(parser)
     group = parser.add_argument_group("export")
     group.add_argument("--train_modules", choices=("unet", "attn2", "to_k", "lora"), help="what is trained")
     group.add_argument("--lora_rank", type=int, default=8, help="of --train_modules lora")
     group.add_argument(
         "--delta_rank", type=int, default=None, help="export differences at this rank instead of the whole UNet"
     )
-    group.add_argument("--base_license", default="see the base model's card", help="for the card")
-    group.add_argument("--data_license", default="see the data set's card", help="for the card")
-    group.add_argument("--weights_license", default="other", help="for the card; an identifier that the Hub knows")
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """Enter what the card must be told."""
+    group = parser.add_argument_group("card")
+    group.add_argument("--base_license", default="see the base model's card", help="of the base")
+    group.add_argument("--data_license", default="see the data set's card", help="of the data")
+    group.add_argument("--weights_license", default="other", help="of the result; an identifier that the Hub knows")
 
 
 def export_weights(

@@ -35,9 +35,17 @@ def test_card_says_everything(tmp_path):
     )
     text = path.read_text()
     assert all(value in text for value in FACTS.values())
-    assert "0.512 [0.4, 0.6]" in text and "10 prompts \\| 2 seeds (cpu: 1 threads)" in text
+    assert "0.512 [0.4, 0.6]" in text and "`python -m measure`: 10 prompts | 2 seeds (cpu: 1 threads)" in text
     card = ModelCard.load(path)
     assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
+
+
+def test_a_protocol_is_said_once(tmp_path):
+    other = {**RESULT, "protocol": "another one"}
+    figures = [*figures_from_result(RESULT, ["mg3", "count"]), *figures_from_result(other, ["count"])]
+    text = write_model_card(tmp_path, ModelCardFacts(**FACTS, figures=figures)).read_text()
+    assert text.count("10 prompts | 2 seeds") == text.count("another one") == 1
+    assert text.count("| count | 20 |") == 2
 
 
 def test_card_without_figures_says_so(tmp_path):

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from objectcompose.adapters.base_identity import identify_base
+from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.errors import ObjectComposeError
 from objectcompose.examples.demo import DEMO_SCENES, DEMO_SEEDS, DemoScene, demo_scenes, run_demo
 from objectcompose.examples.gallery import GalleryRow, save_gallery
@@ -63,11 +66,17 @@ class DogJudge:
 
 def test_demo_writes_gallery_and_report(tmp_path):
     scenes = [DemoScene("a photo of a dog", ("dog",)), DemoScene("a photo of a dog and a cup", ("dog", "cup"))]
-    report = run_demo(compose_pipeline(), DogJudge(), scenes, tmp_path, steps=2)
+    pipeline = compose_pipeline()
+    before = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+    after = {name: value + 0.1 if name.endswith("attn2.to_k.weight") else value for name, value in before.items()}
+    tuning = UNetDelta.between(before, after, identify_base(pipeline.unet))
+    report = run_demo(pipeline, DogJudge(), tuning, scenes, tmp_path, steps=2, tuned_scenes=(1,))
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.unet.named_parameters())
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.png", "report.json"]
     assert report["all_objects_found"] == {"1": 1.0, "2": 0.0}
-    assert [entry["seed"] for entry in report["pictures"]] == [*DEMO_SEEDS] * 2
+    assert [entry["seed"] for entry in report["pictures"]] == [*DEMO_SEEDS] * 3
+    assert [entry["weights"] for entry in report["pictures"]] == ["base"] * 4 + ["TokenCompose"] * 2
     last = report["pictures"][-1]
     assert last["present"] == {"dog": True, "cup": False}
     assert last["found"] == [{"category": "dog", "score": 0.75, "box": [0.0, 0.25, 0.5, 1.0]}]

@@ -1,0 +1,208 @@
+"""`learn_mifo` end to end on tiny models: both stages, what they move and leave, resume, refusals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from objectcompose.errors import LayoutError, ObjectComposeError, PhraseNotFoundError, PromptTooLongError
+from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
+from objectcompose.training import learn_mifo
+from objectcompose.training.common import Checkpointer, read_log
+from tests.pipelines.helpers import quiet
+from tests.tiny import tiny_components
+
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    StableDiffusionPipeline(**tiny_components(), requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scene")
+    values = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE + 8, 3), dtype=np.uint8)
+    Image.fromarray(values).save(folder / "img.png")
+    for index in range(2):
+        mask = np.zeros((SIZE, SIZE + 8), np.uint8)
+        mask[6:26, 4 + 18 * index : 18 + 18 * index] = 255
+        Image.fromarray(mask).save(folder / f"mask{index}.png")
+    return folder
+
+
+def arguments(base, scene, out, *more):
+    common = [
+        "--pretrained_model",
+        str(base),
+        "--data",
+        str(scene),
+        "--output_dir",
+        str(out),
+        "--max_train_steps",
+        "8",
+    ]
+    common += ["--reward_steps", "3", "--checkpointing_steps", "2", "--validation_steps", "4", "--class_pictures", "2"]
+    common += ["--class_steps", "2", "--stage2_steps", "4", "--stage2_learning_rate", "1e-3"]
+    return [*common, *more]
+
+
+def embeddings(out):
+    return {path.stem: load_file(path) for path in sorted((out / "embeddings").glob("*.safetensors"))}
+
+
+def vocabulary(pipeline):
+    return pipeline.text_encoder.get_input_embeddings().weight.detach()
+
+
+@pytest.fixture(scope="module")
+def learned(base, scene, tmp_path_factory):
+    """A run of both stages that trains the whole model."""
+    out = tmp_path_factory.mktemp("learned")
+    assert learn_mifo.main(arguments(base, scene, out, "--vectors", "2", "--gradient_checkpointing")) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_both_stages_leave_embeddings_and_a_pipeline(learned, base):
+    lines = read_log(learned / "stage1" / "log.jsonl")
+    assert len(lines) == 8 and {"loss", "reconstruction", "attention", "inside"} <= lines[0].keys()
+    assert lines[-1]["learning_rate"] == pytest.approx(0, abs=1e-9) and lines[3]["learning_rate"] > 0
+    assert "prior" in read_log(learned / "stage2" / "log.jsonl")[0]
+    assert len(list((learned / "class_pictures").iterdir())) == 2
+    for stage in ("stage1", "stage2"):
+        assert (learned / stage / "validation" / "step-000004.png").is_file()
+    assert (learned / "embeddings" / "README.md").is_file() and (learned / "weights" / "README.md").is_file()
+
+    whole = quiet(MIFOPipeline.from_pretrained(learned / "weights"))
+    found = embeddings(learned)
+    before = StableDiffusionPipeline.from_pretrained(base)
+    rows = vocabulary(whole)
+    assert torch.equal(rows[: len(vocabulary(before))], vocabulary(before))  # words keep their embeddings
+    assert torch.equal(rows[-4:], torch.cat([found["asset0"]["<asset0>"], found["asset1"]["<asset1>"]]))
+    for model in ("unet", "text_encoder"):
+        pairs = zip(getattr(whole, model).parameters(), getattr(before, model).parameters(), strict=True)
+        assert any(new.shape == old.shape and not torch.equal(new, old) for new, old in pairs)
+    objects = [
+        {"token": "<asset0>", "box": (0.0, 0.1, 0.5, 0.9)},
+        {"token": "<asset1>", "box": (0.5, 0.1, 1.0, 0.9)},
+        {"phrase": "table", "box": (0.1, 0.8, 0.9, 1.0)},
+    ]
+    output = whole("a photo of <asset0> and <asset1> on a table", objects=objects, num_inference_steps=2)
+    assert [len(item.token_indices) for item in output.objects[0]] == [2, 2, 1]
+
+
+@pytest.mark.slow
+def test_the_first_stage_moves_the_placeholders_only(base, scene, tmp_path):
+    learn_mifo.main(arguments(base, scene, tmp_path, "--stage2_steps", "0", "--names", "<cup>", "<mug>"))
+    found = embeddings(tmp_path)
+    assert list(found) == ["cup", "mug"] and not (tmp_path / "weights").exists()
+    start = Checkpointer(tmp_path / "stage1" / "checkpoints")
+    assert start.steps() == [6, 8] and list(start.latest()[1]["weights"]) == ["placeholders"]
+    plain = quiet(MIFOPipeline.from_pretrained(base))
+    before = vocabulary(plain).clone()
+    for name in found:
+        plain.load_textual_inversion(tmp_path / "embeddings", weight_name=f"{name}.safetensors")
+    assert torch.equal(vocabulary(plain)[: len(before)], before)
+    assert not torch.equal(found["cup"]["<cup>"], found["mug"]["<mug>"])
+    output = plain("a <mug>", objects=[{"token": "<mug>", "box": (0, 0, 0.5, 1)}], num_inference_steps=2)
+    assert output.objects[0][0].token_indices == (2,)
+
+
+@pytest.mark.slow
+def test_lora_loads_beside_the_embeddings(base, scene, tmp_path):
+    pytest.importorskip("peft")
+    more = ["--train_modules", "lora", "--lora_rank", "2", "--prior_weight", "0", "--attention_loss", "penalty"]
+    learn_mifo.main(arguments(base, scene, tmp_path, *more))
+    assert not (tmp_path / "class_pictures").exists()
+    pipeline = quiet(MIFOPipeline.from_pretrained(base))
+    for name in embeddings(tmp_path):
+        pipeline.load_textual_inversion(tmp_path / "embeddings", weight_name=f"{name}.safetensors")
+    call = {"num_inference_steps": 2, "output_type": "pt"}
+    without = pipeline("<asset0>", generator=torch.Generator().manual_seed(0), **call).images
+    pipeline.load_lora_weights(tmp_path / "weights")
+    with_lora = pipeline("<asset0>", generator=torch.Generator().manual_seed(0), **call).images
+    assert not torch.equal(with_lora, without)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_killed_and_resumed_equals_unbroken(base, scene, learned, tmp_path, stage):
+    more = ["--vectors", "2", "--gradient_checkpointing"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "objectcompose.training.learn_mifo",
+        *arguments(base, scene, tmp_path, *more),
+    ]
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / stage / "log.jsonl"
+    try:
+        for _ in range(1200):
+            if log.is_file() and len(read_log(log)) >= 3:
+                break
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert learn_mifo.main(arguments(base, scene, tmp_path, *more)) == 0
+    first, second = embeddings(learned), embeddings(tmp_path)
+    assert all(torch.equal(first[name][f"<{name}>"], second[name][f"<{name}>"]) for name in ("asset0", "asset1"))
+    for model in ("unet", "text_encoder"):
+        file = next((learned / "weights" / model).glob("*.safetensors"))
+        one, other = load_file(file), load_file(tmp_path / "weights" / model / file.name)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        (["--names", "<one>"], LayoutError, "1 names for 2 masks"),
+        (["--initial", "cat", "dog", "cup"], LayoutError, "3 words for 2 masks"),
+        (["--vectors", "40"], PromptTooLongError, "2 instances"),
+        (["--masks", "mask0.png"], LayoutError, "--data"),
+        (["--image", "img.png"], LayoutError, "either"),
+        (["--stage2_steps", "-1"], ObjectComposeError, "stage2_steps"),
+        (["--adam_beta2", "1"], ObjectComposeError, "adam_beta2"),
+        (["--gate", "-5"], ObjectComposeError, "gate"),
+    ],
+)
+def test_bad_arguments_are_refused_before_training(base, scene, tmp_path, more, error, message):
+    with pytest.raises(error, match=message):
+        learn_mifo.main(arguments(base, scene, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_that_do_not_match_are_refused(base, scene, tmp_path):
+    broken = tmp_path / "scene"
+    shutil.copytree(scene, broken)
+    Image.new("L", (SIZE + 8, SIZE)).save(broken / "mask1.png")
+    with pytest.raises(ObjectComposeError, match="empty mask"):
+        learn_mifo.main(arguments(base, broken, tmp_path / "out"))
+    shutil.copy(scene / "mask0.png", broken / "mask1.png")
+    with pytest.raises(ObjectComposeError, match="not overlap"):
+        learn_mifo.main(arguments(base, broken, tmp_path / "out"))
+
+
+def test_a_known_word_is_no_placeholder(base, scene, tmp_path):
+    with pytest.raises((LayoutError, PhraseNotFoundError), match="new to the tokenizer"):
+        learn_mifo.main(arguments(base, scene, tmp_path / "out", "--names", "dog</w>", "<b>"))
