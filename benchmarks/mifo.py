@@ -1,10 +1,10 @@
-"""What box control costs: MIFOPipeline with its full schedule beside plain sampling, and beside the plain way to do it.
+"""What box control costs: MIFOPipeline with its full schedule beside plain sampling, and the plain way beside it.
 
     python -m benchmarks.mifo
     python -m benchmarks.mifo --device cuda --width 320 --text-width 1024 --steps 50
 
-A full schedule is 15 guided of 50 steps with 5 iterations each, none left out by the early stop, masks refined 7 times.
-Fewer steps keep that ratio (3 of 10), so that the ratios stay the same. On a GPU the keys begin with `gpu.`.
+A full schedule is 15 guided of 50 steps with 5 iterations each, none left out by the early stop, masks refined 7
+times. Fewer steps keep that ratio (3 of 10), so that the ratios stay the same. On a GPU the keys begin with `gpu.`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ PROTOCOL = (
     "SD2-shaped UNet at 64x64 latents, float32, random weights, one picture with guidance, DDIM, to latents; text"
     " encoder of one layer on all sides. Ours: MIFOPipeline, two boxes, 15 guided of 50 steps (or as many in"
     " proportion), 5 iterations in each of them (no early stop), masks refined. Naive: whole tables with float masks"
-    " in every layer, guidance on both halves through the whole UNet, no refinement. Ratios over StableDiffusionPipeline"
-    f" with the same steps, sides alternated. FLOPs at 50 steps. Memory: {MEMORY_STEPS} steps, one guided, in fresh"
-    f" processes, median of {MEMORY_REPEATS}: CUDA peak with weights; on a CPU the peak above what was loaded."
+    " in every layer, guidance on both halves through the whole UNet, no refinement. Ratios over"
+    " StableDiffusionPipeline with the same steps, sides alternated. FLOPs at 50 steps. Memory:"
+    f" {MEMORY_STEPS} steps, one guided, in fresh processes, median of {MEMORY_REPEATS}: CUDA peak with weights; on a"
+    " CPU the peak above what was loaded."
 )
 
 

@@ -40,8 +40,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_evaluated(args: argparse.Namespace, device: str) -> Any:
+def load_evaluated(args: argparse.Namespace, device: str, method: str = "token-compose", **parts: str | None) -> Any:
     """The pipeline that the arguments of `add_model_arguments` name.
+
+    Args:
+        args: as parsed.
+        device: where it runs.
+        method: its name, as `generate --pipeline` has it.
+        parts: `adapter` and `image_encoder` of `load_checkpoint`.
 
     Raises:
         CheckpointError: something cannot be loaded, or was made for another base.
@@ -50,7 +56,7 @@ def load_evaluated(args: argparse.Namespace, device: str) -> Any:
     """
     if args.unet is not None and args.delta is not None:
         raise CheckpointError("`--unet` and `--delta` must not both be given: a delta belongs on its base's own UNet.")
-    pipeline = load_checkpoint(args.model, device)
+    pipeline = load_checkpoint(args.model, device, method, **parts)
     if not args.safety_checker:
         pipeline.register_modules(safety_checker=None)
     if args.unet is not None:

@@ -109,6 +109,9 @@ def paint_for(
     records: Sequence[PromptRecord],
     name: Callable[[PromptRecord, int], str] = picture_name,
     are_painted: bool = False,
+    load: Callable[[argparse.Namespace, str], Any] = load_evaluated,
+    call_arguments: Callable[[Sequence[PromptRecord]], dict[str, Any]] | None = None,
+    call_identity: str | None = None,
 ) -> list[Picture]:
     """The pictures that the arguments of `add_painting_arguments` ask for.
 
@@ -117,6 +120,8 @@ def paint_for(
         records: the prompts.
         name: of a picture's file, without suffix.
         are_painted: they are only looked up.
+        load: from the arguments and a device to the pipeline.
+        call_arguments, call_identity: see `paint_records`.
 
     Raises:
         CheckpointError: the model cannot be loaded, or the folder holds pictures of something else.
@@ -133,7 +138,7 @@ def paint_for(
         return pictures
     steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
     return paint_records(
-        load_evaluated(args, args.device or str(state.device)),
+        load(args, args.device or str(state.device)),
         records,
         folder,
         rounds=args.rounds,
@@ -143,6 +148,8 @@ def paint_for(
         height=args.height,
         width=args.width,
         batch_size=args.batch_size,
+        call_arguments=call_arguments,
+        call_identity=call_identity,
         state=state,
         name=name,
     )

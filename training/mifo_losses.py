@@ -283,7 +283,7 @@ class MIFOLosses:
         """The weighted attention loss, and the mean attention inside of the masks."""
         options, device = self.options, timesteps.device
         widest = max(len(sample.chosen) for sample in samples)
-        owners = torch.zeros(len(samples), max(len(sum(row, [])) for row in tokens), widest, device=device)
+        owners = torch.zeros(len(samples), max(sum(map(len, row)) for row in tokens), widest, device=device)
         present = torch.zeros(len(samples), widest, device=device)
         for row, positions in enumerate(tokens):
             column = 0

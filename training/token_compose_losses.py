@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from objectcompose.attention_processors.install import match_layers, use_parts
 from objectcompose.attention_processors.losses import pixel_loss, token_loss
 from objectcompose.attention_processors.probe import TokenMapProbe
-from objectcompose.errors import ObjectComposeError
-from objectcompose.training.caption_encoding import CaptionEncoder, draw_latent, stack_targets
-from objectcompose.training.loop import Draw, check_loss_weights, draw_noise
+from objectcompose.training.caption_encoding import CaptionEncoder, stack_targets
+from objectcompose.training.denoising import check_prediction_type, denoising_task
+from objectcompose.training.loop import Draw, check_loss_weights
 
 
 #: Middle and decoder; supervising the encoder hurts (table 2 of the paper).
@@ -78,11 +78,7 @@ class TokenComposeLosses:
         options: TokenComposeLossOptions,
         autocast: Any = nullcontext,
     ) -> None:
-        self.prediction = scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ObjectComposeError(
-                f"the scheduler's `prediction_type` must be 'epsilon' or 'v_prediction', got {self.prediction!r}."
-            )
+        check_prediction_type(scheduler)
         self.unet, self.scheduler, self.encoder = unet, scheduler, encoder
         self.scaling_factor, self.options, self.autocast = scaling_factor, options, autocast
         self.layers = match_layers(unet, options.layers, "cross")
@@ -94,22 +90,15 @@ class TokenComposeLosses:
         device = next(self.unet.parameters()).device
         samples = [self.encoder[draw.index] for draw in draws]
         moments = torch.stack([sample.moments for sample in samples]).to(device)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        all_steps = range(self.scheduler.config.num_train_timesteps)
-        posterior, added_noise, steps_of_rows = draw_noise(draws, shape, all_steps, device)
-        clean = draw_latent(moments, posterior, self.scaling_factor)
-        noisy = self.scheduler.add_noise(clean, added_noise, steps_of_rows)
+        task = denoising_task(draws, moments, self.scheduler, self.scaling_factor)
         text = torch.stack([sample.text for sample in samples]).to(device)
         targets = stack_targets(samples)
         is_grounded = any(targets.token_indices) and bool(self.options.token_weight or self.options.pixel_weight)
         probes = [TokenMapProbe(targets.token_indices, self.layers, head_mean=False)] if is_grounded else []
         with use_parts(self.unet, probes):
             with self.autocast():
-                prediction = self.unet(noisy, steps_of_rows, text, return_dict=False)[0]
-            target = added_noise
-            if self.prediction == "v_prediction":
-                target = self.scheduler.get_velocity(clean, added_noise, steps_of_rows)
-            losses = {"ldm": F.mse_loss(prediction.float(), target)}
+                prediction = self.unet(task.noisy, task.timesteps, text, return_dict=False)[0]
+            losses = {"ldm": F.mse_loss(prediction.float(), task.target)}
             total = self.options.ldm_weight * losses["ldm"]
             zero = torch.zeros((), device=device)
             losses |= {"token": zero, "pixel": zero}

@@ -37,8 +37,43 @@ def reconstruction_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> t
 
 
 @torch.no_grad()
+def silence_channels(vae: Any, pixels: torch.Tensor, tolerance: float = 0.1) -> list[int]:
+    """Set latent channels to zero that the decoder does not miss, in place.
+
+    Some die early in training. Standardised, they would be noise of full strength that the diffusion has to learn.
+
+    Args:
+        vae: an `AutoencoderKL`.
+        pixels: pictures to look at, (N, 3, H, W), in [-1, 1].
+        tolerance: a channel is silenced when its mean in its place costs less than this, in dB.
+
+    Returns:
+        The silenced channels.
+    """
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(32)])
+    mean = latents.mean((0, 2, 3))
+
+    def psnr(changed: torch.Tensor) -> float:
+        decoded = torch.cat([vae.decode(part).sample for part in changed.split(32)])
+        return float(-10 * ((decoded - pixels) / 2).square().mean().log10())
+
+    whole, silenced = psnr(latents), []
+    for channel in range(latents.shape[1]):
+        without = latents.clone()
+        without[:, channel] = mean[channel]
+        if whole - psnr(without) < tolerance:
+            silenced.append(channel)
+    vae.quant_conv.weight[silenced] = 0
+    vae.quant_conv.bias[silenced] = 0
+    decode = vae.post_quant_conv
+    decode.bias += decode.weight[:, silenced, 0, 0] @ mean[silenced]
+    decode.weight[:, silenced] = 0
+    return silenced
+
+
+@torch.no_grad()
 def standardise_latents(vae: Any, pixels: torch.Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1 by folding the change into the 1x1 convolutions, in place.
+    """Give every latent channel mean 0 and deviation 1 (silent ones stay 0), folded into the 1x1 convolutions, in place.
 
     Reconstructions stay what they were. Without it one global factor leaves channels ten times fainter than others,
     which drown in the diffusion's noise.
@@ -49,6 +84,7 @@ def standardise_latents(vae: Any, pixels: torch.Tensor) -> None:
     """
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(32)])
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    deviation[deviation == 0] = 1
     encode, decode, channels = vae.quant_conv, vae.post_quant_conv, latents.shape[1]
     encode.weight[:channels] /= deviation[:, None, None, None]
     encode.bias[:channels] = (encode.bias[:channels] - mean) / deviation
@@ -83,7 +119,9 @@ def main() -> None:
         return reconstruction_loss(vae.decode(posterior.sample()).sample, pixels) + KL_WEIGHT * posterior.kl().mean()
 
     averaged, step = fit("vae", vae, loss_of_step, args, lr=2e-3 if args.preset == "cpu" else 1e-3)
-    standardise_latents(averaged, pool.images(torch.arange(min(512, len(pool.pixels))), device) * 2 - 1)
+    seen = pool.images(torch.arange(min(512, len(pool.pixels))), device) * 2 - 1
+    print(f"silenced latent channels: {silence_channels(averaged, seen) or 'none'}")
+    standardise_latents(averaged, seen)
     narrow_posterior(averaged)
     averaged.register_to_config(scaling_factor=1.0)
     averaged.half().save_pretrained(args.weights / "base" / "vae")

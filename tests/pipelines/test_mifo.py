@@ -6,6 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from benchmarks.naive_box_control import NaiveBoxControl, naive_sampling
+from objectcompose.__main__ import main
+from objectcompose.attention_processors.box_layers import control_layers
 from objectcompose.errors import (
     LayerNotFoundError,
     LayoutError,
@@ -15,7 +18,7 @@ from objectcompose.errors import (
     PromptTooLongError,
     RegionError,
 )
-from objectcompose.layout import SceneObject
+from objectcompose.layout import Layout, SceneObject, save_layout
 from objectcompose.pipelines.mifo_control import BoundBoxControl, MIFOBoxControl, box_control_options
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline
 from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
@@ -299,3 +302,32 @@ def test_layers_can_be_chosen():
     pipeline = mifo_pipeline()
     chosen = paint(pipeline, loss_layers=r"up_blocks\.1.*", map_layers=r"down_blocks\.0.*")
     assert torch.isfinite(chosen).all() and not torch.equal(chosen, paint(pipeline))
+
+
+def test_the_plain_way_paints_the_same_picture():
+    """What the benchmark compares with: whole tables, both halves, all of the UNet."""
+    pipeline = mifo_pipeline()
+    placed = place_phrases(pipeline.tokenizer, PROMPT, DOG_AND_CORGI, (64, 64), ("phrase",), "test")[0]
+    items = [SceneObject(**item) for item in DOG_AND_CORGI]
+    subjects = prompt_subjects(pipeline.tokenizer, PROMPT, items, placed)
+    control = NaiveBoxControl(subjects, (LEFT, RIGHT), control_layers(pipeline.unet, (32, 32)).loss)
+    noise = torch.randn(1, 4, 32, 32, generator=generators(1)[0])
+    with torch.no_grad():
+        embeds, negative = pipeline.encode_prompt(PROMPT, "cpu", 1, True)
+        text = torch.cat([negative, embeds])
+        expected = naive_sampling(pipeline.unet, pipeline.scheduler, noise, text, control, 4, 2)
+    options = {"guided_steps": 2, "refine": False, "stop_below": 0.0}
+    found = paint(pipeline, latents=noise, num_inference_steps=4, output_type="latent", box_control=options)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+def test_the_command_paints_a_layout(tmp_path, capsys):
+    mifo_pipeline().save_pretrained(tmp_path / "base")
+    items = tuple(SceneObject(**item) for item in DOG_AND_CORGI)
+    save_layout(Layout(PROMPT, items), tmp_path / "scene.json")
+    common = ["generate", "--pipeline", "mifo", "--model", str(tmp_path / "base"), "--device", "cpu", "--steps", "2"]
+    out = tmp_path / "out.png"
+    assert main([*common, "--layout", str(tmp_path / "scene.json"), "--out", str(out)]) == 0 and out.is_file()
+    save_layout(Layout(PROMPT, (items[0], SceneObject(phrase="corgi"))), tmp_path / "no_box.json")
+    assert main([*common, "--layout", str(tmp_path / "no_box.json"), "--out", str(tmp_path / "none.png")]) == 2
+    assert "`box` or `mask`" in capsys.readouterr().err and not (tmp_path / "none.png").exists()

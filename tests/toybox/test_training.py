@@ -27,7 +27,7 @@ from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.models import build_vae
 from objectcompose.toybox.scenes import render_references
 from objectcompose.toybox.weights import ENVIRONMENT_VARIABLE, toybox_path
-from objectcompose.training import train_toybox, train_toybox_base
+from objectcompose.training import train_toybox, train_toybox_base, train_toybox_vae
 from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit
 
@@ -50,6 +50,27 @@ def test_seconds_add_up_over_parts(tmp_path):
     log.write_text("".join(json.dumps({"step": n, "seconds": s}) + "\n" for n, s in enumerate([5, 9, 2, 7, 1])))
     assert train_toybox.seconds_trained(log) == 9 + 7 + 1
     assert train_toybox.seconds_trained(tmp_path / "none.jsonl") == 0
+
+
+@torch.no_grad()
+def test_the_autoencoders_latents_are_made_ready_for_diffusion():
+    """A channel that the decoder does not miss is silenced, the others are standardised, samples are the means."""
+    vae = build_vae(CPU).eval()
+    pixels = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae.post_quant_conv.weight[:, 1] *= 1e-4
+    for channel in (0, 2, 3):  # fresh weights hardly use any channel
+        vae.post_quant_conv.weight[:, channel] *= 50
+    before = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    assert train_toybox_vae.silence_channels(vae, pixels, tolerance=1e-4) == [1]
+    train_toybox_vae.standardise_latents(vae, pixels)
+    train_toybox_vae.narrow_posterior(vae)
+    posterior = vae.encode(pixels).latent_dist
+    latents = posterior.mode()
+    torch.testing.assert_close(vae.decode(latents).sample, before, atol=2e-3, rtol=1e-3)
+    assert latents[:, 1].abs().max() < 1e-6
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.tensor([1.0, 0.0, 1.0, 1.0]), atol=1e-3, rtol=0)
+    assert (posterior.sample() - latents).abs().max() < 0.05
 
 
 def test_record_and_card(tmp_path):

@@ -47,17 +47,9 @@ def scene(tmp_path_factory):
 
 
 def arguments(base, scene, out, *more):
-    common = [
-        "--pretrained_model",
-        str(base),
-        "--data",
-        str(scene),
-        "--output_dir",
-        str(out),
-        "--max_train_steps",
-        "8",
-    ]
-    common += ["--reward_steps", "3", "--checkpointing_steps", "2", "--validation_steps", "4", "--class_pictures", "2"]
+    common = ["--pretrained_model", str(base), "--data", str(scene), "--output_dir", str(out)]
+    common += ["--max_train_steps", "8", "--lr_warmup_steps", "2", "--reward_steps", "3"]
+    common += ["--checkpointing_steps", "2", "--validation_steps", "4", "--class_pictures", "2"]
     common += ["--class_steps", "2", "--stage2_steps", "4", "--stage2_learning_rate", "1e-3"]
     return [*common, *more]
 

@@ -1115,12 +1115,19 @@ def _card_markdown(data: "ModelCardData", lines: "Sequence[str]") -> "str":
 
 
 def _figure_table(figures: "Sequence[CardFigure]") -> "str":
+    """A table for each protocol and command, which stand above it once."""
     if not figures:
         return "Nothing yet."
-    rows = [[figure.name, figure.value, figure.protocol, f"`{figure.command}`"] for figure in figures]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    header = ["figure", "value", "protocol", "command"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * 4, *cells])
+    runs: "dict[tuple[str, str], list[CardFigure]]" = {}
+    for figure in figures:
+        runs.setdefault((figure.protocol, figure.command), []).append(figure)
+    blocks = []
+    for (protocol, command), measured in runs.items():
+        rows = [["figure", "value"], ["---"] * 2, *([figure.name, figure.value] for figure in measured)]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        blocks.append(f"`{command}`: {' '.join(protocol.split())}\n\n{table}")
+    return "\n\n".join(blocks)
 
 
 def _card_number(value: "Any") -> "str":

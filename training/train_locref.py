@@ -1,0 +1,170 @@
+"""Train LocRef-Diffusion's adapter on pictures with boxes (arXiv 2411.15252); the base stays as it is.
+
+    accelerate launch -m objectcompose.training.train_locref \\
+        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 --image_encoder my_clip_vit_h \\
+        --coco_instances instances_train2017.json --coco_captions captions_train2017.json --images train2017 \\
+        --train_batch_size 32 --cache_dir cache --output_dir outputs/locref
+    python -m objectcompose.training.train_locref --toybox_scenes 4000 --output_dir outputs/locref    # embedded
+
+Data are read by `objectcompose.training.boxed_pictures`, the losses are in `locref_losses`. Run the same command again
+to go on after an interruption. The result is in the output folder's `weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from objectcompose.adapters.locref_adapter import COMPOSITE_KINDS, REFERENCE_PROJECTIONS
+from objectcompose.errors import LayoutError, ObjectComposeError
+from objectcompose.toybox.weights import active_preset
+from objectcompose.training.adapter_training import (
+    add_adapter_arguments,
+    finish_adapter_training,
+    start_adapter_training,
+)
+from objectcompose.training.boxed_pictures import BoxedPictures, read_coco, read_openimages
+from objectcompose.training.locref_losses import LocRefLosses, LocRefLossOptions
+from objectcompose.training.loop import loop_options
+from objectcompose.training.reference_augmentation import ReferenceAugmentation
+from objectcompose.training.reference_encoding import ReferenceEncoder
+from objectcompose.training.reference_samples import ReferenceDataset, ToyboxReferences
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """All options; the weights of the loss are the paper's, what it leaves open is IP-Adapter's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    _add_data_arguments(parser)
+    losses, defaults = parser.add_argument_group("losses"), LocRefLossOptions()
+    losses.add_argument("--foreground_weight", type=float, default=defaults.foreground_weight, help="inside boxes")
+    losses.add_argument("--background_weight", type=float, default=defaults.background_weight, help="outside boxes")
+    for name, what in (
+        ("text", "the caption"),
+        ("images", "all pictures"),
+        ("both", "caption and pictures"),
+        ("composite", "the composite image"),
+    ):
+        default = getattr(defaults, f"drop_{name}")
+        losses.add_argument(f"--drop_{name}", type=float, default=default, help=f"probability of leaving out {what}")
+    losses.add_argument("--drop_object", type=float, default=0.1, help="probability of leaving out one of the objects")
+    adapter = parser.add_argument_group("adapter (defaults: the paper's design; others are ablations)")
+    adapter.add_argument("--num_tokens", type=int, default=None, help="of a picture; none: 16")
+    adapter.add_argument("--hidden_width", type=int, default=None, help="of the projection; none: the vector's width")
+    adapter.add_argument("--feature", choices=("pooled", "embeds"), default=None, help="vector of the image encoder")
+    adapter.add_argument("--projection", choices=REFERENCE_PROJECTIONS, default=None, help="from vector to tokens")
+    adapter.add_argument("--composite", choices=COMPOSITE_KINDS, default=None, help="what tells where objects go")
+    adapter.add_argument("--no_region_mask", action="store_true", help="each reference acts in all boxes")
+    adapter.add_argument("--gamma", type=float, default=None, help="share of the text inside boxes; none: 0")
+    add_adapter_arguments(
+        parser,
+        max_train_steps=200_000,
+        train_batch_size=32,
+        learning_rate=1e-4,
+        lr_scheduler="constant_with_warmup",
+        lr_warmup_steps=1000,
+        checkpointing_steps=1000,
+        validation_steps=5000,
+    )
+    return parser
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    source = data.add_mutually_exclusive_group(required=True)
+    source.add_argument("--coco_instances", type=Path, help="instances file in COCO's format")
+    source.add_argument("--openimages_boxes", type=Path, help="boxes file (CSV) in OpenImages' format")
+    source.add_argument("--toybox_scenes", type=int, help="train on so many scenes of the toybox instead")
+    data.add_argument("--coco_captions", type=Path, help="captions file in COCO's format")
+    data.add_argument("--openimages_captions", type=Path, help="JSON Lines with `image_id` and `caption`")
+    data.add_argument("--images", type=Path, help="folder of the pictures")
+    data.add_argument("--resolution", type=int, default=None, help="side of the samples; none: the base's own")
+    data.add_argument("--cut_outs", type=float, default=0.0, help="share of references cut out by their COCO mask")
+    data.add_argument("--scene_flip", type=float, default=0.5, help="probability of a mirrored picture (not toybox)")
+    data.add_argument("--variants", type=int, default=4, help="of each sample: crop, caption, augmentation")
+    defaults = ReferenceAugmentation()
+    data.add_argument("--reference_flip", type=float, default=defaults.flip, help="probability")
+    data.add_argument("--reference_colour", type=float, default=defaults.colour, help="colour factors: 1 +- this")
+    data.add_argument("--reference_crop", type=float, default=defaults.crop, help="least share of area kept")
+    data.add_argument("--reference_rotation", type=float, default=defaults.rotation, help="largest angle, degrees")
+    data.add_argument("--box_jitter", type=float, default=defaults.box, help="share of a box's sides")
+
+
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Raise `LayoutError` where files that the source needs are not named, or others are."""
+    wanted: set[str] = set()
+    if args.coco_instances is not None:
+        wanted = {"coco_captions", "images"}
+    elif args.openimages_boxes is not None:
+        wanted = {"openimages_captions", "images"}
+    for name in ("coco_captions", "openimages_captions", "images"):
+        if (getattr(args, name) is not None) != (name in wanted):
+            raise LayoutError(f"`{name}` {'is needed' if name in wanted else 'must not be given'} with this data.")
+
+
+def load_dataset(args: argparse.Namespace, resolution: int) -> ReferenceDataset:
+    """The data set that the arguments name.
+
+    Raises:
+        LayoutError, ImageInputError, ObjectComposeError: it is missing or broken.
+    """
+    if args.toybox_scenes is not None:
+        preset = active_preset()
+        if resolution != preset.image_size:
+            raise LayoutError(f"`resolution` must be {preset.image_size} with `toybox_scenes`, got {resolution}.")
+        return ToyboxReferences(preset, args.toybox_scenes)
+    if args.coco_instances is not None:
+        pictures = read_coco(args.coco_instances, args.coco_captions, args.images)
+    else:
+        pictures = read_openimages(args.openimages_boxes, args.openimages_captions, args.images)
+    return BoxedPictures(pictures, resolution, flip=args.scene_flip, cut_outs=args.cut_outs)
+
+
+def adapter_choices(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the adapter's design was asked for."""
+    names = ("num_tokens", "hidden_width", "feature", "projection", "composite", "gamma")
+    choices = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return choices | ({"region_mask": False} if args.no_region_mask else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = create_parser().parse_args(argv)
+    loop_options(args)  # bad numbers are refused before anything is loaded
+    options = LocRefLossOptions(**{name: getattr(args, name) for name in LocRefLossOptions.__dataclass_fields__})
+    augmentation = ReferenceAugmentation(
+        args.reference_flip, args.reference_colour, args.reference_crop, args.reference_rotation, args.box_jitter
+    )
+    check_data_arguments(args)
+    run = start_adapter_training(args, "locref", **adapter_choices(args))
+    pipeline = run.pipeline
+    dataset = load_dataset(args, args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    if args.validation_scenes > len(dataset):
+        raise ObjectComposeError(f"`validation_scenes` must be at most {len(dataset)}, got {args.validation_scenes}.")
+    encoder = ReferenceEncoder(
+        dataset, pipeline, augmentation, args.variants, args.drop_object, args.seed, args.cache_dir
+    )
+    losses = LocRefLosses(pipeline, run.scheduler, encoder, options, run.accelerator.autocast)
+    shown = [encoder.draw_sample(index, 0) for index in range(args.validation_scenes)]
+    finish_adapter_training(
+        run,
+        losses,
+        len(dataset),
+        [(sample.caption, sample.objects) for sample in shown],
+        title="LocRef adapter",
+        summary="Objects from reference pictures in given boxes, after LocRef-Diffusion (arXiv 2411.15252).",
+        data=f"{len(dataset)} pictures with boxes from {_source(args)}",
+    )
+    return 0
+
+
+def _source(args: argparse.Namespace) -> str:
+    path = args.coco_instances or args.openimages_boxes
+    return "toybox scenes" if path is None else path.name
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

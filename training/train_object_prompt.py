@@ -1,0 +1,241 @@
+"""Train ObjectPrompt's adapter: object pictures to keys and values (VisualComposer, arXiv 2501.01424).
+
+    accelerate launch -m objectcompose.training.train_object_prompt \\
+        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 --image_encoder h94/IP-Adapter-encoder \\
+        --ip_adapter_plus ip-adapter-plus_sd15.safetensors --data my_captions --output_dir outputs/object-prompt
+    python -m objectcompose.training.train_object_prompt --toybox_scenes 4000 --output_dir outputs/object-prompt
+
+`--data` is a folder of grounded captions (`objectcompose ground-captions` writes one): its masks cut the object
+pictures out. The loss is in `object_prompt_losses`, the pictures in `object_prompt_data`. Run the same command again
+to go on after an interruption. The adapter is in the output folder's `weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from objectcompose.adapters.object_prompt_adapter import TOKEN_STREAMS, ObjectPromptAdapter
+from objectcompose.errors import LayoutError, ObjectComposeError
+from objectcompose.files import write_png
+from objectcompose.grounding.loading import fingerprint
+from objectcompose.toybox.weights import active_preset
+from objectcompose.training.adapter_training import (
+    AdapterTraining,
+    add_adapter_arguments,
+    finish_adapter_training,
+    start_adapter_training,
+)
+from objectcompose.training.caption_encoding import CaptionEncoder
+from objectcompose.training.grounded_captions import GroundedCaptions, read_records
+from objectcompose.training.loop import loop_options
+from objectcompose.training.object_prompt_data import CutOutScenes, ObjectFeatures, ObjectScenes, ToyboxScenes
+from objectcompose.training.object_prompt_losses import ConditionOptions, ObjectPromptLosses
+
+
+#: Steps of a validation picture.
+VALIDATION_STEPS = 20
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """All options; the defaults are IP-Adapter's and, for what it has not, the method's page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", type=Path, help="folder of grounded captions")
+    data.add_argument("--toybox_scenes", type=int, help="train on so many scenes of the toybox instead")
+    parser.add_argument("--resolution", type=int, default=None, help="side of the samples; none: the base's own")
+    parser.add_argument("--cache_dir", type=Path, default=None, help="keep what is encoded here; changes no result")
+    parser.add_argument("--prompt_views", type=int, default=4, help="fixed augmentations of each object picture")
+    parser.add_argument("--validation_scenes", type=int, default=0, help="first scenes to paint while training")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--streams", choices=sorted(TOKEN_STREAMS), default="mixed", help="what feeds keys and values"
+    )
+    adapter.add_argument("--num_tokens", type=int, default=16, help="tokens of one object")
+    adapter.add_argument("--resampler_depth", type=int, default=4, help="blocks of the appearance adapter")
+    adapter.add_argument("--ip_adapter_plus", type=Path, default=None, help="weights to start from, safetensors")
+    adapter.add_argument(
+        "--key_side_share", type=float, default=0.1, help="of the steps, first, that train keys only; warm starts"
+    )
+    drops = parser.add_argument_group("conditions")
+    for name, option in ConditionOptions.__dataclass_fields__.items():
+        drops.add_argument(f"--{name}", type=float, default=option.default, help="chance per sample")
+    add_adapter_arguments(
+        parser, max_train_steps=50_000, train_batch_size=8, learning_rate=1e-4, checkpointing_steps=1000
+    )
+    return parser
+
+
+def load_scenes(args: argparse.Namespace, resolution: int) -> ObjectScenes:
+    """The scenes that the arguments name.
+
+    Raises:
+        LayoutError, ImageInputError: they are missing or broken.
+        ObjectComposeError: there are none.
+    """
+    if args.data is not None:
+        return CutOutScenes(GroundedCaptions(read_records(args.data), resolution))
+    if args.toybox_scenes < 1:
+        raise ObjectComposeError(f"`--toybox_scenes` must be at least 1, got {args.toybox_scenes}.")
+    preset = active_preset()
+    if resolution != preset.image_size:
+        raise LayoutError(f"`resolution` must be {preset.image_size} with `toybox_scenes`, got {resolution}.")
+    return ToyboxScenes(preset, args.toybox_scenes, args.cache_dir or args.output_dir / "scenes")
+
+
+def make_adapter(args: argparse.Namespace, pipeline: Any) -> ObjectPromptAdapter:
+    """The adapter that training starts from.
+
+    Raises:
+        CheckpointError: a size that cannot be, or weights of something else.
+    """
+    adapter = ObjectPromptAdapter.from_unet(
+        pipeline.unet,
+        args.pretrained_model or "toybox-1",
+        pipeline.image_encoder,
+        streams=args.streams,
+        num_tokens=args.num_tokens,
+        resampler_depth=args.resampler_depth,
+    )
+    if args.ip_adapter_plus is not None:
+        adapter.load_ip_adapter_plus(args.ip_adapter_plus, pipeline.unet)
+    return adapter
+
+
+def check_arguments(args: argparse.Namespace) -> ConditionOptions:
+    """Refuse bad numbers before anything is loaded.
+
+    Raises:
+        ObjectComposeError: a number is out of range.
+    """
+    loop_options(args)
+    if not 0 <= args.key_side_share <= 1:
+        raise ObjectComposeError(f"`key_side_share` must be in [0, 1], got {args.key_side_share}.")
+    for name, least in (("prompt_views", 1), ("num_tokens", 1), ("resampler_depth", 1), ("validation_scenes", 0)):
+        if getattr(args, name) < least:
+            raise ObjectComposeError(f"`{name}` must be at least {least}, got {getattr(args, name)}.")
+    return ConditionOptions(**{name: getattr(args, name) for name in ConditionOptions.__dataclass_fields__})
+
+
+def make_losses(run: AdapterTraining, scenes: ObjectScenes, options: ConditionOptions) -> ObjectPromptLosses:
+    """The losses of a run on these scenes."""
+    args, pipeline = run.args, run.pipeline
+    base = f"{args.pretrained_model} {pipeline.adapter.made_for.fingerprint}"
+    encoder = CaptionEncoder(
+        scenes.captions,
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        pipeline.vae,
+        levels=len(pipeline.unet.config.block_out_channels),
+        on_missing="skip",  # nouns are not looked for in the text here
+        cache=args.cache_dir,
+        identity=base,
+    )
+    image_encoder = pipeline.image_encoder
+    features = ObjectFeatures(
+        scenes,
+        image_encoder,
+        pipeline.feature_extractor,
+        views=args.prompt_views,
+        cache=args.cache_dir,
+        identity=fingerprint(image_encoder, image_encoder.config),
+    )
+    key_side_steps = round(args.key_side_share * args.max_train_steps) if args.ip_adapter_plus is not None else 0
+    return ObjectPromptLosses(
+        pipeline.unet,
+        pipeline.adapter,
+        run.scheduler,
+        encoder,
+        features,
+        pipeline.vae.config.scaling_factor,
+        options,
+        key_side_steps,
+        run.accelerator.autocast,
+    )
+
+
+def scene_painter(pipeline: Any, scenes: ObjectScenes, count: int, folder: Path) -> Callable[[int], None] | None:
+    """Writes one sheet per validation: each row a scene, what is painted from its object pictures, and these.
+
+    Args:
+        pipeline: with the adapter in training.
+        scenes: the first ones that have objects are painted, always from the same noise.
+        count: how many; with 0 there is no painter.
+        folder: of the sheets.
+    """
+    chosen = [index for index in range(len(scenes.captions)) if scenes.count(index)][:count] if count else []
+    if not chosen:
+        return None
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = [[scenes.picture(index, number, 0) for number in range(scenes.count(index))] for index in chosen]
+    samples = [scenes.captions[index] for index in chosen]
+
+    def paint(step: int) -> None:
+        adapter = pipeline.adapter.eval()
+        painted = pipeline(
+            [sample.caption for sample in samples],
+            objects=[[{"image": picture} for picture in row] for row in pictures],
+            num_inference_steps=VALIDATION_STEPS,
+            generator=[torch.Generator().manual_seed(number) for number in range(len(samples))],
+        ).images
+        adapter.train()
+        width = max(map(len, pictures))
+        sheet = [_sheet_row(*one, width) for one in zip(samples, painted, pictures, strict=True)]
+        rows = [picture for row in sheet for picture in row]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(folder / f"step-{step:06d}.png", make_image_grid(rows, len(sheet), len(sheet[0])))
+
+    return paint
+
+
+def _sheet_row(sample: Any, painted: Image.Image, pictures: Sequence[Image.Image], width: int) -> list[Image.Image]:
+    """Scene, painted picture, then the prompts on white; all of the painted picture's size."""
+    scene = Image.fromarray((sample.pixels.add(1).mul(127.5)).round().byte().permute(1, 2, 0).numpy())
+    blank = Image.new("RGB", painted.size, "white")
+    shown = []
+    for picture in pictures:
+        tile = blank.copy()
+        resized = picture.resize(painted.size)
+        tile.paste(resized, mask=resized.getchannel("A"))
+        shown.append(tile)
+    return [scene.resize(painted.size), painted, *shown, *[blank] * (width - len(shown))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = create_parser().parse_args(argv)
+    options = check_arguments(args)
+    run = start_adapter_training(args, "object-prompt", lambda pipeline: make_adapter(args, pipeline))
+    pipeline = run.pipeline
+    resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    with run.accelerator.main_process_first():  # who renders or reads first fills the caches
+        scenes = load_scenes(args, resolution)
+    if not any(scenes.count(index) for index in range(len(scenes.captions))):
+        raise LayoutError(
+            f"`data` must show an object that can be cut out, got none in {len(scenes.captions)} scenes."
+        )
+    losses = make_losses(run, scenes, options)
+    paint = scene_painter(pipeline, scenes, args.validation_scenes, args.output_dir / "validation")
+    finish_adapter_training(
+        run,
+        losses,
+        len(scenes.captions),
+        title="ObjectPrompt adapter",
+        summary="Object pictures as prompts: keys from a narrow encoding of each picture, values from a wide one"
+        f" (VisualComposer, arXiv 2501.01424; not the authors' weights). Streams: {args.streams}.",
+        data=f"{len(scenes.captions)} scenes from {args.data.name if args.data else 'toybox'}",
+        paint=paint,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
