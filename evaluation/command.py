@@ -12,7 +12,9 @@ from __future__ import annotations
 HELP = "Measure a model: objects found, layouts, distances, attention maps."
 COMMANDS: dict[str, str] = {
     "compbench": "objectcompose.evaluation.compbench",
+    "composition": "objectcompose.evaluation.composition",
     "fd": "objectcompose.evaluation.frechet",
+    "layout": "objectcompose.evaluation.layout",
     "map-iou": "objectcompose.evaluation.map_iou",
     "multigen": "objectcompose.evaluation.multigen",
     "pairs": "objectcompose.evaluation.pairs",

@@ -50,6 +50,13 @@ class Sighting:
     score: float
 
 
+@dataclass(frozen=True)
+class PlacedSighting(Sighting):
+    """One thing that is seen, and where: `box` is xyxy, fractions of width and height."""
+
+    box: tuple[float, float, float, float]
+
+
 class PresenceDetector(Protocol):
     """Says what pictures show."""
 
@@ -63,6 +70,9 @@ class PresenceDetector(Protocol):
 
     def look(self, pictures: Sequence[Image.Image], categories: Sequence[Sequence[str]]) -> list[list[Sighting]]:
         """What each picture (RGB) shows, at least of its categories, scores above `SAVED_SCORE`."""
+
+    def find(self, pictures: Sequence[Image.Image], categories: Sequence[Sequence[str]]) -> list[list[PlacedSighting]]:
+        """As `look`, and where it is."""
 
 
 class OwlPresence:
@@ -86,8 +96,12 @@ class OwlPresence:
         """Any word will do."""
 
     def look(self, pictures: Sequence[Image.Image], categories: Sequence[Sequence[str]]) -> list[list[Sighting]]:
+        """See `PresenceDetector`."""
+        return [[Sighting(one.category, one.score) for one in row] for row in self.find(pictures, categories)]
+
+    def find(self, pictures: Sequence[Image.Image], categories: Sequence[Sequence[str]]) -> list[list[PlacedSighting]]:
         """See `PresenceDetector`; pictures of one size and number of categories share a forward pass."""
-        found: list[list[Sighting]] = [[] for _ in pictures]
+        found: list[list[PlacedSighting]] = [[] for _ in pictures]
         alike: dict[tuple, list[int]] = {}
         for index, picture in enumerate(pictures):
             alike.setdefault((picture.size, len(categories[index])), []).append(index)
@@ -100,8 +114,8 @@ class OwlPresence:
         return found
 
 
-def _sighting(detection: Detection, names: dict[str, str]) -> Sighting:
-    return Sighting(names[detection.phrase or ""], detection.score)
+def _sighting(detection: Detection, names: dict[str, str]) -> PlacedSighting:
+    return PlacedSighting(names[detection.phrase or ""], detection.score, detection.box)
 
 
 class JudgePresence:
@@ -132,13 +146,17 @@ class JudgePresence:
 
     def look(self, pictures: Sequence[Image.Image], categories: Sequence[Sequence[str]]) -> list[list[Sighting]]:
         """See `PresenceDetector`."""
-        found: list[list[Sighting]] = [[] for _ in pictures]
+        return [[Sighting(one.category, one.score) for one in row] for row in self.find(pictures, categories)]
+
+    def find(self, pictures: Sequence[Image.Image], categories: Sequence[Sequence[str]]) -> list[list[PlacedSighting]]:
+        """See `PresenceDetector`."""
+        found: list[list[PlacedSighting]] = [[] for _ in pictures]
         sizes = {picture.size for picture in pictures}
         for size in sizes:
             group = [index for index, picture in enumerate(pictures) if picture.size == size]
             seen = self.judge.detect(picture_tensor([pictures[index] for index in group]))
             for index, detections in zip(group, seen, strict=True):
-                found[index] = [Sighting(one.category, one.score) for one in detections]
+                found[index] = [PlacedSighting(one.category, one.score, one.box) for one in detections]
         return found
 
 

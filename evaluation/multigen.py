@@ -85,7 +85,7 @@ def multigen_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     Returns:
         `mg<k>` over the prompts that name at least k categories, left out where there are none, its bounds, and
-        `mg<k>.std`, the population standard deviation (ddof 0) of the rounds' values.
+        of two rounds and more `mg<k>.std`, the population standard deviation (ddof 0) of the rounds' values.
     """
     metrics: dict[str, float] = {}
     for least in AT_LEAST:
@@ -96,5 +96,6 @@ def multigen_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         metrics |= share_metrics(f"mg{least}", hits, [row["prompt"] for row in counted])
         rounds = np.array([row["round"] for row in counted])
         values = [100 * np.mean(np.array(hits)[rounds == number]) for number in np.unique(rounds)]
-        metrics[f"mg{least}.std"] = float(np.std(values))
+        if len(values) > 1:  # the 0 of a single round would say that rounds do not differ
+            metrics[f"mg{least}.std"] = float(np.std(values))
     return metrics

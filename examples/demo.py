@@ -208,8 +208,8 @@ def run_demo(
             tuned_entries.append(found)
         tuning.detach(pipeline.unet)
     rows = gallery_rows(scenes, outputs, entries)
-    before = [[found[number] for number in tuned_scenes] for found in (outputs, entries)]
-    rows.append(comparison_row(before[0], tuned_outputs, before[1], tuned_entries))
+    before, before_entries = [outputs[number] for number in tuned_scenes], [entries[number] for number in tuned_scenes]
+    rows.append(comparison_row(before, tuned_outputs, before_entries, tuned_entries))
     save_gallery(rows, out / "gallery.png", headline="objectcompose: several objects in one picture")
     flat = [entry for found in [*entries, *tuned_entries] for entry in found]
     return write_report(out / "report.json", flat, steps, time.perf_counter() - started)

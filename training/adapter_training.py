@@ -102,6 +102,6 @@ def finish_adapter_training(
     if run.accelerator.is_main_process:
         card = card_of_run(args, title, summary, data, base_model=args.pretrained_model or "toybox-1")
         with folder_saved_whole(args.output_dir / "weights", adapter.config_name) as folder:
-            adapter.requires_grad_(True).save_pretrained(folder)
+            adapter.save_pretrained(folder)
             write_model_card(folder, card)
         print(f"adapter after {args.max_train_steps} steps: {args.output_dir / 'weights'}")

@@ -50,8 +50,7 @@ def box_in_square(box: Box, square: Box) -> tuple[Box | None, float]:
         return None, 0.0
     share = box_area((x0, y0, x1, y1)) / box_area(box)
     width, height = square[2] - square[0], square[3] - square[1]
-    edges = ((x0 - square[0]) / width, (y0 - square[1]) / height)
-    edges += ((x1 - square[0]) / width, (y1 - square[1]) / height)
+    edges = ((x0 - square[0]) / width, (y0 - square[1]) / height, (x1 - square[0]) / width, (y1 - square[1]) / height)
     x0, y0, x1, y1 = (min(max(edge, 0.0), 1.0) for edge in edges)  # rounding
     return (x0, y0, x1, y1), share
 

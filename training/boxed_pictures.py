@@ -84,7 +84,7 @@ class BoxedPictures:
         self.pictures = [one for one in pictures if 1 <= len(_kept(one, central_square(one.size))) <= MAX_REFERENCES]
         if not self.pictures:
             raise LayoutError(
-                f"`images` must hold a picture with 1 to {MAX_REFERENCES} objects of 2 % to 70 % of its area, got none."
+                f"`images` must hold a picture with 1 to {MAX_REFERENCES} objects of 2 % to 70 % of it, got none."
             )
         if cut_outs:
             if not all(one.outlines for one in self.pictures):
@@ -106,8 +106,8 @@ class BoxedPictures:
             raise ImageInputError(f"`{picture.path}` must have the size {picture.size}, got {image.size}.")
         square, boxes = self._draw_square(picture, rng)
         is_flipped, caption = rng.random() < self.flip, picture.captions[int(rng.integers(len(picture.captions)))]
-        corners = tuple(edge * side for edge, side in zip(square, image.size * 2, strict=True))
-        scene = image.resize((self.resolution,) * 2, Image.Resampling.LANCZOS, box=corners, reducing_gap=None)
+        left, top, right, bottom = (edge * side for edge, side in zip(square, image.size * 2, strict=True))
+        scene = image.resize((self.resolution,) * 2, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
         objects = []
         for number, box in boxes:
             reference = self._reference(picture, image, number, _outer_box(box, square), rng.random() < self.cut_outs)
@@ -192,9 +192,7 @@ def read_coco(instances: Path, captions: Path, images: Path) -> list[BoxedPictur
             raise LayoutError(f"`{instances}`, image {image['id']}: {error}") from error
         outlines = tuple(one.get("segmentation") for one in found)
         corners = tuple(item.box for item in objects if item.box is not None)
-        pictures.append(
-            BoxedPicture(_existing(path), size, corners, tuple(named), outlines if all(outlines) else ())
-        )
+        pictures.append(BoxedPicture(_existing(path), size, corners, tuple(named), outlines if all(outlines) else ()))
     return pictures
 
 

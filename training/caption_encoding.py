@@ -6,24 +6,23 @@ bit-equal to what would be computed. Only the draw of the latent from its moment
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from objectcompose.attention_processors.regions import grids_of
 from objectcompose.errors import ObjectComposeError, PhraseNotFoundError, PromptTooLongError
-from objectcompose.files import write_atomically
+from objectcompose.grounding.loading import fingerprint
 from objectcompose.pipelines.token_utils import find_phrases
 from objectcompose.training.caption_nouns import findable_phrases
 from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample
+from objectcompose.training.tensor_cache import cached_tensors
 
 
 MaskMode = Literal["bilinear", "bilinear_aa", "maxpool"]
@@ -124,7 +123,7 @@ class CaptionEncoder:
         mask_mode: see `masks_on_grid`.
         on_missing: what to do when a noun is not found in its caption: "error" or "skip" (the noun, not the sample).
         cache: folder for encoded samples; None computes each anew.
-        identity: names the base's weights in the cache's keys.
+        identity: of the cache's keys, beside the encoders' weights, which always count.
 
     Raises:
         ObjectComposeError: an unknown mode.
@@ -147,29 +146,21 @@ class CaptionEncoder:
             raise ObjectComposeError(f'`on_missing` must be "error" or "skip", got {on_missing!r}.')
         self.dataset, self.tokenizer, self.text_encoder, self.vae = dataset, tokenizer, text_encoder, vae
         self.levels, self.mask_mode, self.on_missing, self.cache = levels, mask_mode, on_missing, cache
-        self._settings = json.dumps([identity, levels, mask_mode, on_missing])
+        encoders = []
+        if cache is not None:  # all that a sample is encoded by, in whatever folder it was
+            encoders = [fingerprint(one, one.config) for one in (vae, text_encoder)]
+            encoders.append(sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest())
+        self._settings = json.dumps([identity, levels, mask_mode, on_missing, *encoders])
 
     def __getitem__(self, index: int) -> EncodedCaption:
         """An encoded sample, on the CPU."""
         if self.cache is None:
             return self.encode(self.dataset[index])
-        key = hashlib.sha256((self._settings + self.dataset.key(index)).encode()).hexdigest()
-        path = self.cache / key[:2] / f"{key}.safetensors"
-        try:
-            tensors = load_file(path)
-            tokens = json.loads(bytes(tensors.pop("tokens").tolist()))
-            moments, text = tensors.pop("moments"), tensors.pop("text")
-            masks = {int(cells): mask.float() for cells, mask in tensors.items()}
-            return EncodedCaption(moments, text, tuple(tuple(noun) for noun in tokens), masks)
-        except (OSError, SafetensorError, KeyError, ValueError):
-            pass  # not there, or not whole
-        encoded = self.encode(self.dataset[index])
-        tensors = {str(cells): mask.byte() for cells, mask in encoded.masks.items()}
-        tensors |= {"moments": encoded.moments, "text": encoded.text}
-        tensors["tokens"] = torch.tensor(list(json.dumps(encoded.tokens).encode()), dtype=torch.uint8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-        return encoded
+        key, required = self._settings + self.dataset.key(index), ("moments", "text", "tokens")
+        tensors = cached_tensors(self.cache, key, required, lambda: _packed(self.encode(self.dataset[index])))
+        tokens = json.loads(bytes(tensors["tokens"].tolist()))
+        masks = {int(name): mask.float() for name, mask in tensors.items() if name not in required}
+        return EncodedCaption(tensors["moments"], tensors["text"], tuple(tuple(noun) for noun in tokens), masks)
 
     def find_tokens(self, sample: CaptionSample) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
         """Which nouns are supervised (their numbers), and where their tokens are.
@@ -209,6 +200,13 @@ class CaptionEncoder:
             for rows, columns in grids
         }
         return EncodedCaption(moments, text, tokens, masks)
+
+
+def _packed(encoded: EncodedCaption) -> dict[str, torch.Tensor]:
+    """As tensors: masks by their number of cells, one byte a cell, and tokens as the bytes of their JSON."""
+    tensors = {str(cells): mask.byte() for cells, mask in encoded.masks.items()}
+    tensors["tokens"] = torch.tensor(list(json.dumps(encoded.tokens).encode()), dtype=torch.uint8)
+    return {**tensors, "moments": encoded.moments, "text": encoded.text}
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from objectcompose.checkout import checkout_state
-from objectcompose.errors import CheckpointError, ObjectComposeError
+from objectcompose.errors import CheckpointError, MissingPackageError, ObjectComposeError
 from objectcompose.files import write_atomically
 
 
 _STEP_PREFIX = "step-"
 _PARTIAL_PREFIX = ".partial-"
 _STATE_FILE = "state.pt"
+CHECKPOINT_FOLDER, RUN_FILE = "checkpoints", "run.json"
 
 
 def start_training(
@@ -240,11 +242,43 @@ def _is_flat_tensors(value: Any) -> bool:
 
 
 def _flush_to_disk(path: Path) -> None:
+    if os.name == "nt":  # where folders cannot be opened, and files only be flushed by who writes them
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_same_run(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write down in `folder/run.json` what a run is, or compare with the run whose checkpoints are there.
+
+    Without it a command with other options, or of another method, would go on from checkpoints that are not its own.
+
+    Args:
+        folder: of the run; made when missing.
+        settings: all that decides what a step does, as JSON values.
+
+    Raises:
+        CheckpointError: the folder has checkpoints of a run with other settings; names them.
+    """
+    folder = Path(folder)
+    path, mine = folder / RUN_FILE, json.loads(json.dumps(dict(settings)))
+    if Checkpointer(folder / CHECKPOINT_FOLDER).steps() and path.is_file():
+        try:
+            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"`{path}` cannot be read: {error}.") from error
+        others = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+        if others:
+            shown = "; ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in others)
+            raise CheckpointError(
+                f"`output_dir` {folder} has checkpoints of another run: {shown}. Take another folder, or remove it."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(mine, indent=2) + "\n").encode())
 
 
 class JsonlLogger:
@@ -267,8 +301,12 @@ class JsonlLogger:
         self._stream = self.path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter  # an extra: only who asks for it needs it
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # an extra: only who asks for it needs it
+            except ImportError as error:
+                raise MissingPackageError(
+                    f'`report_to` "tensorboard" needs tensorboard: pip install "objectcompose[train]" ({error}).'
+                ) from error
             self._writer = SummaryWriter(str(tensorboard))
 
     def log(self, step: int, **values: float) -> None:
@@ -304,6 +342,15 @@ def current_commit() -> str:
     """The commit that is checked out, with "+" where tracked code differs from it; "unknown" outside a checkout."""
     commit, is_dirty = checkout_state("toybox", "training")
     return commit + ("+" if is_dirty and commit != "unknown" else "")
+
+
+def run_script(main: Callable[[], int]) -> int:
+    """Exit code of a training script: `main`'s own, or 2 for input that it cannot use, as one line on stderr."""
+    try:
+        return main()
+    except ObjectComposeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def progress_bar(total: int, start: int = 0, description: str = "training", is_shown: bool = True) -> tqdm:

@@ -16,6 +16,7 @@ from objectcompose.adapters.base_identity import BaseIdentity
 from objectcompose.adapters.folders import folder_saved_whole
 from objectcompose.adapters.model_card import ModelCardFacts, write_model_card
 from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.errors import ObjectComposeError
 from objectcompose.training.common import current_commit
 from objectcompose.training.trainable import LORA_ADAPTER, TrainModules
 
@@ -95,14 +96,26 @@ def export_weights(
 def values_before(
     parameters: Mapping[str, torch.Tensor], modules: TrainModules, delta_rank: int | None
 ) -> dict[str, torch.Tensor] | None:
-    """Copies of the parameters on the CPU, where `export_weights` will need them."""
+    """Copies of the parameters on the CPU, where `export_weights` will need them.
+
+    Raises:
+        ObjectComposeError: a rank below 1, or one for "lora", which has its own.
+    """
+    if delta_rank is not None and delta_rank < 1:
+        raise ObjectComposeError(f"`delta_rank` must be at least 1, got {delta_rank}.")
+    if delta_rank is not None and modules == "lora":
+        raise ObjectComposeError(
+            f'`delta_rank` must not be given with "lora", which has `lora_rank`, got {delta_rank}.'
+        )
     if modules == "lora" or (modules == "unet" and delta_rank is None):
         return None
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
 
 
-def card_of_run(args: argparse.Namespace, title: str, summary: str, data: str, base_model: str) -> ModelCardFacts:
-    """The card of a run, with the command that is running now."""
+def card_of_run(
+    args: argparse.Namespace, title: str, summary: str, data: str, base_model: str, command: str | None = None
+) -> ModelCardFacts:
+    """The card of a run, with its command; None: the one that is running now."""
     script = Path(sys.argv[0]).stem
     return ModelCardFacts(
         title=title,
@@ -113,6 +126,6 @@ def card_of_run(args: argparse.Namespace, title: str, summary: str, data: str, b
         weights_license=args.weights_license,
         data=data,
         data_license=args.data_license,
-        command=f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:])}",
+        command=command or f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:])}",
         commit=current_commit(),
     )

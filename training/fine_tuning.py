@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,10 +19,17 @@ from diffusers.utils import make_image_grid
 from objectcompose.adapters.base_identity import BaseIdentity, identify_base
 from objectcompose.files import write_png
 from objectcompose.pipelines.generate import load_checkpoint
-from objectcompose.training.common import start_training
+from objectcompose.training.common import check_same_run, start_training
 from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
 from objectcompose.training.loop import Draw, LossDict, add_loop_arguments, loop_options, run_loop
 from objectcompose.training.trainable import TrainModules, select_trainable
+
+
+#: What may change from one start of a run to the next: it decides how long it is, or what is left of it, not a step.
+_FREE_OPTIONS = frozenset({
+    "output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "validation_steps", "validation_prompts",
+    "report_to", "gradient_checkpointing", "delta_rank", "base_license", "data_license", "weights_license",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class FineTuning:
 
     Attributes:
         args: as parsed.
+        command: that starts this run again.
         accelerator: of the run.
         pipeline: the base; its UNet is in training, the rest is frozen, in float32.
         parameters: what is trained, by name.
@@ -38,6 +48,7 @@ class FineTuning:
     """
 
     args: argparse.Namespace
+    command: str
     accelerator: Accelerator
     pipeline: Any
     parameters: dict[str, torch.nn.Parameter]
@@ -56,14 +67,23 @@ def add_fine_tuning_arguments(parser: argparse.ArgumentParser, train_modules: Tr
     parser.set_defaults(train_modules=train_modules)
 
 
-def start_fine_tuning(args: argparse.Namespace) -> FineTuning:
+def start_fine_tuning(args: argparse.Namespace, script: str, argv: Sequence[str] | None) -> FineTuning:
     """Load the base and choose what is trained.
 
+    Args:
+        args: as parsed.
+        script: the module's name in `objectcompose.training`.
+        argv: what was parsed; None: `sys.argv`.
+
     Raises:
-        CheckpointError: the base cannot be loaded.
+        CheckpointError: the base cannot be loaded, or the output folder has checkpoints of another run.
         ObjectComposeError: an option is out of range.
     """
     accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
+    settings = {name: value for name, value in vars(args).items() if name not in _FREE_OPTIONS}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    with accelerator.main_process_first():
+        check_same_run(args.output_dir, {"script": script, **plain})
     pipeline = load_checkpoint(args.pretrained_model, str(accelerator.device))
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False).float()
@@ -73,7 +93,8 @@ def start_fine_tuning(args: argparse.Namespace) -> FineTuning:
         pipeline.unet.enable_gradient_checkpointing()
     before = values_before(parameters, args.train_modules, args.delta_rank)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    return FineTuning(args, accelerator, pipeline, parameters, scheduler, made_for, before)
+    command = f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    return FineTuning(args, command, accelerator, pipeline, parameters, scheduler, made_for, before)
 
 
 def finish_fine_tuning(
@@ -95,7 +116,8 @@ def finish_fine_tuning(
     paint = painter(run.pipeline, args.validation_prompts, args.output_dir / "validation")
     run_loop(run.accelerator, run.parameters, losses_of_batch, dataset_size, loop_options(args), paint)
     if run.accelerator.is_main_process:
-        card = card_of_run(args, title, summary, data, base_model=args.pretrained_model or "toybox-1")
+        base = args.pretrained_model or "toybox-1"
+        card = card_of_run(args, title, summary, data, base_model=base, command=run.command)
         folder = export_weights(
             args.output_dir / "weights", unet, args.train_modules, run.before, run.made_for, card, args.delta_rank
         )

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from objectcompose.errors import ImageInputError, LayoutError, RegionError
 from objectcompose.files import write_atomically, write_png
@@ -81,14 +81,15 @@ class CaptionDataset(Protocol):
 
 
 def read_records(root: str | Path) -> list[CaptionRecord]:
-    """The metadata below `root`, with all files checked to exist.
+    """The metadata below `root`, with the heads of all files read, so that training does not stop at one of them.
 
     Args:
         root: the data set's folder, its `coco_gsam_img`, or the folder of `metadata.jsonl` itself.
 
     Raises:
         LayoutError: no metadata, a broken line, or no record.
-        ImageInputError: a picture or mask is missing; names the line.
+        ImageInputError: a picture or mask is missing or is none; names the line.
+        RegionError: a mask has another size than its picture.
     """
     root = Path(root)
     folders = [root / IMAGE_FOLDER, root / "train", root]
@@ -96,7 +97,11 @@ def read_records(root: str | Path) -> list[CaptionRecord]:
     if folder is None:
         raise LayoutError(f"`{root}` must hold {IMAGE_FOLDER / METADATA} or {METADATA}, and has neither.")
     records = []
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = (folder / METADATA).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line breaks
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayoutError(f"`{folder / METADATA}` must be a readable file in UTF-8: {error}.") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             records.append(_read_line(folder, line, f"{folder / METADATA} line {number}"))
     if not records:
@@ -118,11 +123,25 @@ def _read_line(folder: Path, line: str, where: str) -> CaptionRecord:
         raise LayoutError(f"{where} must have text in `file_name`, `text` and every pair of `attn_list`.")
     if not (folder / name).is_file():
         raise ImageInputError(f"{where} names the picture {name!r}, which is not in {folder}.")
-    return CaptionRecord(
-        folder / name,
-        caption,
-        tuple((noun, None if path is None else _find_mask(folder, path, where)) for noun, path in pairs),
-    )
+    found = tuple((noun, None if path is None else _find_mask(folder, path, where)) for noun, path in pairs)
+    size = _size_in_head(folder / name, where)
+    for noun, path in found:
+        # turned or not: what a camera noted about that is applied when the picture is read
+        if path is not None and sorted(_size_in_head(path, where)) != sorted(size):
+            raise RegionError(
+                f"{where}: the mask of {noun!r} must have the size of its picture {name}, {size}, got"
+                f" {_size_in_head(path, where)} in {path.name}."
+            )
+    return CaptionRecord(folder / name, caption, found)
+
+
+def _size_in_head(path: Path, where: str) -> tuple[int, int]:
+    """(width, height) as the file says, whose pixels are not read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except Exception as error:  # damaged files make the decoders raise almost anything
+        raise ImageInputError(f"{where} names {path}, which cannot be read as a picture: {error}.") from error
 
 
 def _find_mask(folder: Path, path: str, where: str) -> Path:
@@ -357,7 +376,7 @@ def _read_mask(path: Path) -> Image.Image:
     try:
         mask: Image.Image = Image.open(path)
         mask.load()
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+    except Exception as error:  # damaged files make the decoders raise almost anything
         raise ImageInputError(f"`{path}` cannot be read as a mask: {error}") from error
     if mask.mode in ("RGB", "RGBA", "LA"):
         mask = mask.getchannel(0)

@@ -31,6 +31,7 @@ from objectcompose.errors import LayoutError, ObjectComposeError
 from objectcompose.files import write_png
 from objectcompose.grounding.grounder import DETECTORS, SEGMENTERS, load_grounder
 from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.toybox.weights import toybox_path
 from objectcompose.training.common import start_training
 from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
 from objectcompose.training.fine_tuning import painter
@@ -59,7 +60,9 @@ def create_parser() -> argparse.ArgumentParser:
     scene.add_argument("--masks", type=Path, nargs="+", help="of --image, one file per instance")
     scene.add_argument("--phrases", nargs="+", help="of --image, instead of --masks: what to find in it")
     scene.add_argument("--detector", choices=DETECTORS, default="clipseg", help="of --phrases")
+    scene.add_argument("--detector_model", default=None, help="folder or Hub id; none: its own default, or toybox's")
     scene.add_argument("--segmenter", choices=SEGMENTERS, default=None, help="of --phrases")
+    scene.add_argument("--segmenter_model", default=None, help="folder or Hub id; none: its own default")
     scene.add_argument("--resolution", type=int, default=None, help="side of the picture; none: the base's own")
     scene.add_argument("--fit", choices=("crop", "squash"), default="crop", help="how the picture becomes square")
     words = parser.add_argument_group("placeholders")
@@ -112,7 +115,10 @@ def load_scene(args: argparse.Namespace, size: int) -> InstanceScene:
         raise LayoutError("`--image` needs either `--masks` or `--phrases`.")
     if args.masks:
         return make_scene(args.image, args.masks, size, args.fit)
-    grounder = load_grounder(args.detector, segmenter=args.segmenter)
+    model = args.detector_model
+    if model is None and args.pretrained_model is None and args.detector == "clipseg":
+        model = toybox_path("clipseg")  # the embedded base goes with the embedded segmenter
+    grounder = load_grounder(args.detector, model, args.segmenter, args.segmenter_model)
     return make_scene(args.image, masks_of_phrases(grounder, args.image, args.phrases), size, args.fit)
 
 

@@ -20,9 +20,9 @@ from objectcompose.attention_processors.install import use_parts
 from objectcompose.attention_processors.reference_fusion import FusionSettings
 from objectcompose.errors import ObjectComposeError
 from objectcompose.pipelines.reference_scenes import ReferenceScene, SceneVectors, scene_parts
-from objectcompose.training.caption_encoding import draw_latent, encode_caption
-from objectcompose.training.denoising import check_prediction_type, denoising_target
-from objectcompose.training.loop import Draw, check_loss_weights, draw_noise
+from objectcompose.training.caption_encoding import encode_caption
+from objectcompose.training.denoising import check_prediction_type, denoising_task
+from objectcompose.training.loop import Draw, check_loss_weights
 from objectcompose.training.reference_encoding import ReferenceEncoder, stack_references
 
 
@@ -148,25 +148,20 @@ class LocRefLosses:
         texts = [self._no_text if one.text else sample.text for one, sample in zip(dropped, samples, strict=True)]
 
         moments = torch.stack([sample.moments for sample in samples]).to(device)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        all_steps = range(self.scheduler.config.num_train_timesteps)
-        posterior, noise, timesteps = draw_noise(draws, shape, all_steps, device)
-        clean = draw_latent(moments, posterior, self.pipeline.vae.config.scaling_factor)
-        noisy = self.scheduler.add_noise(clean, noise, timesteps)
-
+        task = denoising_task(draws, moments, self.scheduler, self.pipeline.vae.config.scaling_factor)
         with self.autocast():
             parts = scene_parts(adapter, scenes, without_dropped(vectors, dropped), self.settings)
         with use_parts(unet, parts):
             with self.autocast():
-                prediction = unet(noisy, timesteps, torch.stack(texts).to(device), return_dict=False)[0].float()
-            target = denoising_target(self.scheduler, clean, noise, timesteps)
+                text = torch.stack(texts).to(device)
+                prediction = unet(task.noisy, task.timesteps, text, return_dict=False)[0].float()
             foreground = foreground_of(scenes).to(device)
             weights = region_weights(foreground, self.options.foreground_weight, self.options.background_weight)
             with torch.no_grad():
-                errors = (prediction - target).square().mean(1, keepdim=True)
+                errors = (prediction - task.target).square().mean(1, keepdim=True)
                 inside = (errors * foreground).sum() / foreground.sum().clamp_min(1)
                 outside = (errors * (1 - foreground)).sum() / (1 - foreground).sum().clamp_min(1)
-            loss = weighted_loss(prediction, target, weights)
+            loss = weighted_loss(prediction, task.target, weights)
             yield {"loss": loss, "foreground": inside, "background": outside, "share": foreground.mean()}
 
 

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 
-from objectcompose.errors import NonFiniteError, ObjectComposeError
+from objectcompose.errors import CheckpointError, NonFiniteError, ObjectComposeError
 from objectcompose.training.common import (
+    CHECKPOINT_FOLDER,
     Checkpointer,
     JsonlLogger,
     collect_state,
@@ -36,6 +37,8 @@ from objectcompose.training.common import (
 
 
 LossDict = Mapping[str, torch.Tensor]
+#: Those of diffusers that need nothing but the numbers of steps.
+SCHEDULES = tuple(one.value for one in SchedulerType if one != SchedulerType.PIECEWISE_CONSTANT)
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,28 @@ class LoopOptions:
     report_to: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "validation_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ObjectComposeError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ObjectComposeError(f"`{name}` must be finite and above 0, got {getattr(self, name)}.")
-        if not 0 <= self.adam_beta2 < 1:
-            raise ObjectComposeError(f"`adam_beta2` must be in [0, 1), got {self.adam_beta2}.")
+        for name in ("adam_beta2", "ema_decay"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ObjectComposeError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("weight_decay", "lr_warmup_steps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ObjectComposeError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")
+        if self.lr_scheduler not in SCHEDULES:
+            raise ObjectComposeError(
+                f"`lr_scheduler` must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}."
+            )
         if self.report_to not in (None, "tensorboard"):
             raise ObjectComposeError(f"`report_to` must be 'tensorboard' or nothing, got {self.report_to!r}.")
         if self.seed < 0:
@@ -101,7 +118,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None
         "train_batch_size": (int, 1, "samples of a micro-batch, per process"),
         "gradient_accumulation_steps": (int, 1, "micro-batches of a step"),
         "learning_rate": (float, 1e-5, "of AdamW, as it is: nothing multiplies it"),
-        "lr_scheduler": (str, "constant", "a schedule of diffusers"),
+        "lr_scheduler": (str, "constant", f"a schedule of diffusers: {', '.join(SCHEDULES)}"),
         "lr_warmup_steps": (int, 0, "steps of warm-up, where the schedule has one"),
         "weight_decay": (float, 1e-2, "of AdamW"),
         "adam_beta2": (float, 0.999, "second moment's decay of AdamW"),
@@ -231,7 +248,7 @@ def run_loop(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the checkpoints before it are there.
-        CheckpointError: the newest checkpoint cannot be read or is of another run.
+        CheckpointError: the newest checkpoint cannot be read, trains other parameters, or is beyond the last step.
     """
     trained = list(parameters.values())
     for parameter in trained:
@@ -253,11 +270,16 @@ def run_loop(
         ema = parts["ema"] = create_ema(torch.nn.ParameterList(trained), options.ema_decay)
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
-    checkpoints = Checkpointer(options.output_dir / "checkpoints")
+    checkpoints = Checkpointer(options.output_dir / CHECKPOINT_FOLDER)
     found = checkpoints.latest(accelerator.device)
     start = 0
     if found is not None:
         start, state = found
+        if start > options.max_train_steps:
+            raise CheckpointError(
+                f"`max_train_steps` must be at least the {start} steps that {options.output_dir} has done, got"
+                f" {options.max_train_steps}."
+            )
         restore_state(state, **parts)
     if ema is not None:
         ema.to(accelerator.device)

@@ -17,11 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from objectcompose.errors import LayoutError, ObjectComposeError
-from objectcompose.files import write_atomically
+from objectcompose.grounding.loading import fingerprint
 from objectcompose.pipelines.object_matching import mask_bounds
 from objectcompose.pipelines.object_prompts import PROMPT_MARGIN
 from objectcompose.pipelines.reference_images import (
@@ -35,6 +33,7 @@ from objectcompose.toybox.categories import Preset
 from objectcompose.toybox.identities import Identity
 from objectcompose.toybox.scenes import render_references, sample_scene
 from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample, ToyboxCaptions
+from objectcompose.training.tensor_cache import cached_tensors
 from objectcompose.training.toybox_data import SPLIT_SEEDS
 
 
@@ -53,7 +52,10 @@ ERASE_CHANCE, ERASED_SIDES = 0.3, (0.1, 0.35)
 class ObjectScenes(Protocol):
     """Scenes by number: a grounded caption, and pictures of the objects in it."""
 
-    captions: CaptionDataset
+    @property
+    def captions(self) -> CaptionDataset:
+        """The scenes' grounded captions, by the same numbers."""
+        ...
 
     def count(self, index: int) -> int:
         """How many objects the scene has pictures of; may be 0."""
@@ -244,7 +246,6 @@ class ObjectFeatures:
         feature_extractor: for mean and standard deviation; None: CLIP's.
         views: fixed augmentations of each object, at least 1.
         cache: folder of features; None computes each anew.
-        identity: names the encoder's weights in the cache's keys.
 
     Raises:
         ObjectComposeError: `views` is below 1.
@@ -257,13 +258,13 @@ class ObjectFeatures:
         feature_extractor: Any,
         views: int = 4,
         cache: Path | None = None,
-        identity: str = "",
     ) -> None:
         if views < 1:
             raise ObjectComposeError(f"`views` must be at least 1, got {views}.")
         self.scenes, self.image_encoder, self.views, self.cache = scenes, image_encoder, views, cache
         self.mean, self.std = clip_statistics(feature_extractor)
-        self._settings = json.dumps([identity, self.mean.tolist(), self.std.tolist(), encoder_side(image_encoder)])
+        weights = "" if cache is None else fingerprint(image_encoder, image_encoder.config)
+        self._settings = json.dumps([weights, self.mean.tolist(), self.std.tolist(), encoder_side(image_encoder)])
 
     def of_object(self, index: int, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Global vector (D,) and patch grid (L, G) of one view of an object, float32 on the CPU.
@@ -294,17 +295,13 @@ class ObjectFeatures:
         of_picture = hashlib.sha256(f"{self.scenes.key(index)} {what}".encode()).hexdigest()
         if self.cache is None:
             return self._encode(make_pixels(of_picture))
-        key = hashlib.sha256((self._settings + of_picture).encode()).hexdigest()
-        path = self.cache / "objects" / key[:2] / f"{key}.safetensors"
-        try:
-            tensors = load_file(path)
-            return tensors["embeds"], tensors["grid"]
-        except (OSError, SafetensorError, KeyError):
-            pass  # not there, or not whole
-        embeds, grid = self._encode(make_pixels(of_picture))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"embeds": embeds, "grid": grid}))
-        return embeds, grid
+
+        def encode() -> dict[str, torch.Tensor]:
+            embeds, grid = self._encode(make_pixels(of_picture))
+            return {"embeds": embeds, "grid": grid}
+
+        tensors = cached_tensors(self.cache / "objects", self._settings + of_picture, ("embeds", "grid"), encode)
+        return tensors["embeds"], tensors["grid"]
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,6 @@ from objectcompose.errors import ObjectComposeError
 
 
 Box: TypeAlias = tuple[float, float, float, float]
-#: No box becomes narrower than this share of the canvas by jitter.
-_LEAST_SIDE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class ReferenceAugmentation:
         colour: brightness, contrast and saturation are each multiplied by a factor in [1 - colour, 1 + colour].
         crop: least share of the reference's area that a random crop of its proportions keeps, in (0, 1].
         rotation: largest angle, degrees, in [0, 180].
-        box: sides of boxes move by at most this share of the box's width or height, in [0, 0.5).
+        box: sides of boxes move by at most this share of the box's width or height, in [0, 0.49].
 
     Raises:
         ObjectComposeError: a strength is out of range.
@@ -43,7 +41,13 @@ class ReferenceAugmentation:
     box: float = 0.03
 
     def __post_init__(self) -> None:
-        limits = {"flip": (0, 1), "colour": (0, 1), "crop": (0.01, 1), "rotation": (0, 180), "box": (0, 0.49)}
+        limits = {
+            "flip": (0, 1),
+            "colour": (0, 1),
+            "crop": (0.01, 1),
+            "rotation": (0, 180),
+            "box": (0, 0.49),
+        }  # below a half no box vanishes
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ObjectComposeError(
@@ -60,7 +64,7 @@ class ReferenceAugmentation:
         is_flipped, angle = rng.random() < self.flip, rng.uniform(-self.rotation, self.rotation)
         side = float(np.sqrt(rng.uniform(self.crop, 1)))
         left, top = rng.random(2) * (1 - side)
-        factors = rng.uniform(1 - self.colour, 1 + self.colour, 3)
+        factors = rng.uniform(1 - self.colour, 1 + self.colour, 3).tolist()
         width, height = image.size
         if side < 1:
             corners = (left * width, top * height, (left + side) * width, (top + side) * height)
@@ -79,12 +83,12 @@ class ReferenceAugmentation:
         shifts = rng.uniform(-self.box, self.box, 4)
         sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
         x0, y0, x1, y1 = (np.array(box) + shifts * sides).clip(0, 1).tolist()
-        return min(x0, x1 - _LEAST_SIDE), min(y0, y1 - _LEAST_SIDE), x1, y1
+        return x0, y0, x1, y1
 
 
 def shows_something(image: Image.Image) -> bool:
     """Whether any pixel is not fully transparent."""
-    return image.mode != "RGBA" or image.getchannel("A").getextrema()[1] > 0
+    return image.mode != "RGBA" or image.getchannel("A").getbbox() is not None
 
 
 def _vary_colours(image: Image.Image, factors: Sequence[float]) -> Image.Image:
@@ -93,7 +97,7 @@ def _vary_colours(image: Image.Image, factors: Sequence[float]) -> Image.Image:
         (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
     ):
         if factor != 1:
-            colours = kind(colours).enhance(float(factor))
+            colours = kind(colours).enhance(factor)
     if image.mode == "RGBA":
         colours.putalpha(image.getchannel("A"))
     return colours

@@ -99,20 +99,18 @@ class ReferenceEncoder:
         key = f"{self._settings} {self.dataset.key(place[0])} {place}"
         names = [field.name for field in dataclasses.fields(EncodedReferences) if field.name != "composite"]
         tensors = cached_tensors(self.cache, key, names, lambda: _tensors_of(self.encode(*place)))
-        return EncodedReferences(**{"composite": None, **tensors})
+        composite = tensors.pop("composite", None)
+        return EncodedReferences(**tensors, composite=composite)
 
     def draw_sample(self, index: int, variant: int) -> ReferenceSample:
         """A variant before it is encoded: references and boxes varied, perhaps one of them dropped."""
         rng = np.random.default_rng((self.seed, index, variant))
         sample = self.dataset.sample(index, rng)
-        objects = [
-            dataclasses.replace(
-                item,
-                image=self.augmentation.vary_picture(item.image, rng),
-                box=self.augmentation.vary_box(item.box, rng),
-            )
-            for item in sample.objects
-        ]
+        objects = []
+        for item in sample.objects:
+            assert item.box is not None
+            image = self.augmentation.vary_picture(item.image, rng)
+            objects.append(dataclasses.replace(item, image=image, box=self.augmentation.vary_box(item.box, rng)))
         is_dropped, number = rng.random() < self.drop_object, int(rng.integers(len(objects)))
         if is_dropped and len(objects) > 1:
             del objects[number]
@@ -162,7 +160,7 @@ def stack_references(
     scenes = []
     for sample in samples:
         objects = [SceneObject(box=box) for box in sample.boxes.tolist()]
-        scenes.append(ReferenceScene(objects, reference_regions(objects, sample.moments.shape[-2:])))
+        scenes.append(ReferenceScene(objects, reference_regions(objects, (sample.moments.shape[-2], sample.moments.shape[-1]))))
     pad = torch.nn.utils.rnn.pad_sequence
     references = pad([sample.references for sample in samples], batch_first=True).to(device)
     composites = [sample.composite for sample in samples if sample.composite is not None]

@@ -88,7 +88,7 @@ class ToyboxReferences:
         seen = [number for number, share in enumerate(shares.tolist()) if share >= _LEAST_VISIBLE]
         views = reference_views(self.preset, [spec.identities[number] for number in seen], rng)
         objects = [
-            SceneObject(phrase=spec.identities[number].category, image=view, box=scene.boxes[0, number].tolist())
+            SceneObject(phrase=spec.identities[number].category, image=view, box=tuple(scene.boxes[0, number].tolist()))
             for number, view in zip(seen, views, strict=True)
         ]
         return ReferenceSample(scene.pixels[0] * 2 - 1, spec.caption, tuple(objects))
@@ -113,9 +113,11 @@ def reference_views(
     backgrounds = render_backgrounds([sample_background(rng) for _ in identities], preset.image_size)
     pictures = []
     for view, background, draw in zip(views, backgrounds, rng.random(len(identities)), strict=True):
-        if draw < background_share:
-            view = view[:3] * view[3:] + background * (1 - view[3:])
-        pictures.append(pil_picture(view))
+        picture = pil_picture(view)
+        if draw < background_share:  # a tight crop, as photographs are cropped by boxes
+            on_background = pil_picture(view[:3] * view[3:] + background * (1 - view[3:]))
+            picture = on_background.crop(picture.getchannel("A").getbbox())
+        pictures.append(picture)
     return pictures
 
 

@@ -67,6 +67,13 @@ class SeparateEnhanceOptions:
         )
         if self.objects < 2:
             raise ObjectComposeError(f"`objects` must be at least 2, got {self.objects}.")
+        if not 0 < self.sigma < float("inf"):
+            raise ObjectComposeError(f"`sigma` must be finite and above 0, got {self.sigma}.")
+        if self.min_timestep < 0 or (self.max_timestep is not None and self.max_timestep <= self.min_timestep):
+            raise ObjectComposeError(
+                "`min_timestep` must be at least 0 and below `max_timestep`, got"
+                f" {self.min_timestep} and {self.max_timestep}."
+            )
         if self.head_mode not in ("per_head", "mean"):
             raise ObjectComposeError(f'`head_mode` must be "per_head" or "mean", got {self.head_mode!r}.')
         if self.latent_source not in ("gaussian_scaled", "gaussian_unit"):
@@ -89,14 +96,16 @@ class ConceptPrompt:
 
 
 def draw_prompt(concepts: Sequence[str], first: int, objects: int, generator: torch.Generator) -> ConceptPrompt:
-    """A prompt of different concepts, joined by "and" or "with".
+    """A prompt of different concepts, joined by "and" or "with"; of just as many as `objects`, always the same one.
 
     Args:
-        concepts: all of them; when there are just as many as `objects`, all are taken.
+        concepts: all of them.
         first: number of the concept that comes first.
         objects: concepts in the prompt.
         generator: draws the others and the connective.
     """
+    if len(concepts) == objects:
+        return ConceptPrompt("a photo of " + " and ".join(map(with_article, concepts)), tuple(concepts))
     others = [number for number in torch.randperm(len(concepts), generator=generator).tolist() if number != first]
     chosen = [concepts[number] for number in (first, *others)][:objects]
     connective = (" and ", " with ")[int(torch.randint(0, 2, (), generator=generator))]
@@ -132,6 +141,17 @@ def layers_of_grid(unet: Any, latent_shape: tuple[int, int, int], text_length: i
     return found
 
 
+def _timesteps_of(options: SeparateEnhanceOptions, scheduler: Any) -> range:
+    last = scheduler.config.num_train_timesteps
+    timesteps = range(options.min_timestep, last if options.max_timestep is None else options.max_timestep)
+    if not timesteps or timesteps.stop > last:
+        raise ObjectComposeError(
+            f"`min_timestep` and `max_timestep` must lie in the scheduler's {last} timesteps, got"
+            f" {options.min_timestep} and {options.max_timestep}."
+        )
+    return timesteps
+
+
 class SeparateEnhanceLosses:
     """Losses of a batch of draws, as `run_loop` wants them; a draw's index is the prompt's first concept.
 
@@ -150,7 +170,7 @@ class SeparateEnhanceLosses:
     Raises:
         LayoutError: fewer concepts than `options.objects`, or one twice.
         PhraseNotFoundError: a concept that the tokenizer does not find again in its own prompt.
-        ObjectComposeError: no layer has that grid.
+        ObjectComposeError: no layer has that grid, or the scheduler has fewer timesteps than the options name.
     """
 
     def __init__(
@@ -172,6 +192,7 @@ class SeparateEnhanceLosses:
             )
         self.unet, self.trained, self.scheduler, self.tokenizer = unet, dict(trained), scheduler, tokenizer
         self.concepts, self.latent_shape, self.grid = list(concepts), latent_shape, attention_grid
+        self.timesteps = _timesteps_of(options, scheduler)
         self.supervised_tokens()  # raises before any step
         self.options, self.autocast = options, autocast
         self._encode, self._states = encode_prompt, dict[str, torch.Tensor]()
@@ -226,8 +247,7 @@ class SeparateEnhanceLosses:
     def _noisy_latents(self, draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
         scale = GAUSSIAN_SCALE if options.latent_source == "gaussian_scaled" else 1.0
-        stop = options.max_timestep or self.scheduler.config.num_train_timesteps
-        clean, noise, steps = draw_noise(draws, self.latent_shape, range(options.min_timestep, stop), device)
+        clean, noise, steps = draw_noise(draws, self.latent_shape, self.timesteps, device)
         return self.scheduler.add_noise(clean * scale, noise, steps), steps
 
     def _text(self, prompt: str) -> torch.Tensor:

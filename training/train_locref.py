@@ -13,12 +13,17 @@ to go on after an interruption. The result is in the output folder's `weights`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from objectcompose.adapters.locref_adapter import COMPOSITE_KINDS, REFERENCE_PROJECTIONS
+import torch
+from diffusers.utils import make_image_grid
+
+from objectcompose.adapters.locref_adapter import COMPOSITE_KINDS, REFERENCE_PROJECTIONS, LocRefAdapter
 from objectcompose.errors import LayoutError, ObjectComposeError
+from objectcompose.files import write_png
+from objectcompose.pipelines.plot import draw_layout
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training.adapter_training import (
     add_adapter_arguments,
@@ -30,7 +35,11 @@ from objectcompose.training.locref_losses import LocRefLosses, LocRefLossOptions
 from objectcompose.training.loop import loop_options
 from objectcompose.training.reference_augmentation import ReferenceAugmentation
 from objectcompose.training.reference_encoding import ReferenceEncoder
-from objectcompose.training.reference_samples import ReferenceDataset, ToyboxReferences
+from objectcompose.training.reference_samples import ReferenceDataset, ReferenceSample, ToyboxReferences, pil_picture
+
+
+#: Steps of a validation picture.
+VALIDATION_STEPS = 20
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -59,6 +68,7 @@ def create_parser() -> argparse.ArgumentParser:
     adapter.add_argument("--composite", choices=COMPOSITE_KINDS, default=None, help="what tells where objects go")
     adapter.add_argument("--no_region_mask", action="store_true", help="each reference acts in all boxes")
     adapter.add_argument("--gamma", type=float, default=None, help="share of the text inside boxes; none: 0")
+    adapter.add_argument("--ip_adapter", type=Path, default=None, help="start from these weights, with their design")
     add_adapter_arguments(
         parser,
         max_train_steps=200_000,
@@ -84,6 +94,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--resolution", type=int, default=None, help="side of the samples; none: the base's own")
     data.add_argument("--cut_outs", type=float, default=0.0, help="share of references cut out by their COCO mask")
     data.add_argument("--scene_flip", type=float, default=0.5, help="probability of a mirrored picture (not toybox)")
+    data.add_argument("--cache_dir", type=Path, default=None, help="keep encoded samples here; changes no result")
+    data.add_argument("--validation_scenes", type=int, default=0, help="first scenes to paint while training")
     data.add_argument("--variants", type=int, default=4, help="of each sample: crop, caption, augmentation")
     defaults = ReferenceAugmentation()
     data.add_argument("--reference_flip", type=float, default=defaults.flip, help="probability")
@@ -123,11 +135,57 @@ def load_dataset(args: argparse.Namespace, resolution: int) -> ReferenceDataset:
     return BoxedPictures(pictures, resolution, flip=args.scene_flip, cut_outs=args.cut_outs)
 
 
-def adapter_choices(args: argparse.Namespace) -> dict[str, Any]:
-    """What of the adapter's design was asked for."""
+def make_adapter(args: argparse.Namespace, pipeline: Any) -> LocRefAdapter:
+    """The adapter that training starts from.
+
+    Raises:
+        CheckpointError: a size that cannot be, or weights of something else.
+        ObjectComposeError: a design is asked for beside the one that IP-Adapter weights bring.
+    """
     names = ("num_tokens", "hidden_width", "feature", "projection", "composite", "gamma")
     choices = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return choices | ({"region_mask": False} if args.no_region_mask else {})
+    choices |= {"region_mask": False} if args.no_region_mask else {}
+    base = args.pretrained_model or "toybox-1"
+    if args.ip_adapter is None:
+        return LocRefAdapter.from_unet(pipeline.unet, base, pipeline.image_encoder, **choices)
+    if choices:
+        raise ObjectComposeError(f"`{min(choices)}` must not be given with `ip_adapter`, which brings its own.")
+    return LocRefAdapter.from_ip_adapter(args.ip_adapter, pipeline.unet, base)
+
+
+def scene_painter(pipeline: Any, samples: Sequence[ReferenceSample], folder: Path) -> Callable[[int], None] | None:
+    """Writes one sheet per validation: a row for each scene: it, its layout, what is painted; None without scenes.
+
+    Args:
+        pipeline: with the adapter in training.
+        samples: painted from the same noise each time.
+        folder: of the sheets.
+    """
+    if not samples:
+        return None
+    pipeline.set_progress_bar_config(disable=True)
+
+    def paint(step: int) -> None:
+        adapter = pipeline.adapter.eval()
+        output = pipeline(
+            [sample.caption for sample in samples],
+            objects=[list(sample.objects) for sample in samples],
+            num_inference_steps=VALIDATION_STEPS,
+            generator=[torch.Generator().manual_seed(number) for number in range(len(samples))],
+            return_composite=adapter.config.composite == "image",
+        )
+        adapter.train()
+        sheet = []
+        for number, (sample, painted) in enumerate(zip(samples, output.images, strict=True)):
+            composite = [] if output.composite is None else [output.composite[number].resize(painted.size)]
+            boxes = [{"box": item.box} for item in sample.objects]
+            scene = pil_picture(sample.pixels / 2 + 0.5).resize(painted.size)
+            sheet += [scene, *composite, draw_layout(painted, boxes)]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = make_image_grid(sheet, len(samples), len(sheet) // len(samples))
+        write_png(folder / f"step-{step:06d}.png", picture)
+
+    return paint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,11 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.reference_flip, args.reference_colour, args.reference_crop, args.reference_rotation, args.box_jitter
     )
     check_data_arguments(args)
-    run = start_adapter_training(args, "locref", **adapter_choices(args))
+    run = start_adapter_training(args, "locref", lambda pipeline: make_adapter(args, pipeline))
     pipeline = run.pipeline
     dataset = load_dataset(args, args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
-    if args.validation_scenes > len(dataset):
-        raise ObjectComposeError(f"`validation_scenes` must be at most {len(dataset)}, got {args.validation_scenes}.")
+    if not 0 <= args.validation_scenes <= len(dataset):
+        raise ObjectComposeError(
+            f"`validation_scenes` must lie in [0, {len(dataset)}] with this data, got {args.validation_scenes}."
+        )
     encoder = ReferenceEncoder(
         dataset, pipeline, augmentation, args.variants, args.drop_object, args.seed, args.cache_dir
     )
@@ -153,10 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run,
         losses,
         len(dataset),
-        [(sample.caption, sample.objects) for sample in shown],
         title="LocRef adapter",
         summary="Objects from reference pictures in given boxes, after LocRef-Diffusion (arXiv 2411.15252).",
         data=f"{len(dataset)} pictures with boxes from {_source(args)}",
+        paint=scene_painter(pipeline, shown, args.output_dir / "validation"),
     )
     return 0
 

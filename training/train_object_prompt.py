@@ -24,7 +24,6 @@ from PIL import Image
 from objectcompose.adapters.object_prompt_adapter import TOKEN_STREAMS, ObjectPromptAdapter
 from objectcompose.errors import LayoutError, ObjectComposeError
 from objectcompose.files import write_png
-from objectcompose.grounding.loading import fingerprint
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training.adapter_training import (
     AdapterTraining,
@@ -39,8 +38,10 @@ from objectcompose.training.object_prompt_data import CutOutScenes, ObjectFeatur
 from objectcompose.training.object_prompt_losses import ConditionOptions, ObjectPromptLosses
 
 
-#: Steps of a validation picture.
-VALIDATION_STEPS = 20
+#: What the maps to values start from: the base's own for text, as IP-Adapter has it, or nothing.
+VALUE_INITS = ("text", "zero")
+#: Steps and guidance of a validation picture.
+VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -61,6 +62,9 @@ def create_parser() -> argparse.ArgumentParser:
     )
     adapter.add_argument("--num_tokens", type=int, default=16, help="tokens of one object")
     adapter.add_argument("--resampler_depth", type=int, default=4, help="blocks of the appearance adapter")
+    adapter.add_argument(
+        "--value_init", choices=VALUE_INITS, default="text", help="zero: training starts from what the base paints"
+    )
     adapter.add_argument("--ip_adapter_plus", type=Path, default=None, help="weights to start from, safetensors")
     adapter.add_argument(
         "--key_side_share", type=float, default=0.1, help="of the steps, first, that train keys only; warm starts"
@@ -105,6 +109,9 @@ def make_adapter(args: argparse.Namespace, pipeline: Any) -> ObjectPromptAdapter
         num_tokens=args.num_tokens,
         resampler_depth=args.resampler_depth,
     )
+    if args.value_init == "zero":  # the branch adds nothing then, until its values learn to
+        for weight in adapter.projections.value_maps.parameters():
+            torch.nn.init.zeros_(weight)
     if args.ip_adapter_plus is not None:
         adapter.load_ip_adapter_plus(args.ip_adapter_plus, pipeline.unet)
     return adapter
@@ -119,6 +126,10 @@ def check_arguments(args: argparse.Namespace) -> ConditionOptions:
     loop_options(args)
     if not 0 <= args.key_side_share <= 1:
         raise ObjectComposeError(f"`key_side_share` must be in [0, 1], got {args.key_side_share}.")
+    if args.value_init == "zero" and args.ip_adapter_plus is not None:
+        raise ObjectComposeError(
+            "`value_init` must be 'text' with `ip_adapter_plus`, which brings its own, got 'zero'."
+        )
     for name, least in (("prompt_views", 1), ("num_tokens", 1), ("resampler_depth", 1), ("validation_scenes", 0)):
         if getattr(args, name) < least:
             raise ObjectComposeError(f"`{name}` must be at least {least}, got {getattr(args, name)}.")
@@ -128,7 +139,6 @@ def check_arguments(args: argparse.Namespace) -> ConditionOptions:
 def make_losses(run: AdapterTraining, scenes: ObjectScenes, options: ConditionOptions) -> ObjectPromptLosses:
     """The losses of a run on these scenes."""
     args, pipeline = run.args, run.pipeline
-    base = f"{args.pretrained_model} {pipeline.adapter.made_for.fingerprint}"
     encoder = CaptionEncoder(
         scenes.captions,
         pipeline.tokenizer,
@@ -137,16 +147,13 @@ def make_losses(run: AdapterTraining, scenes: ObjectScenes, options: ConditionOp
         levels=len(pipeline.unet.config.block_out_channels),
         on_missing="skip",  # nouns are not looked for in the text here
         cache=args.cache_dir,
-        identity=base,
     )
-    image_encoder = pipeline.image_encoder
     features = ObjectFeatures(
         scenes,
-        image_encoder,
+        pipeline.image_encoder,
         pipeline.feature_extractor,
         views=args.prompt_views,
         cache=args.cache_dir,
-        identity=fingerprint(image_encoder, image_encoder.config),
     )
     key_side_steps = round(args.key_side_share * args.max_train_steps) if args.ip_adapter_plus is not None else 0
     return ObjectPromptLosses(
@@ -184,6 +191,7 @@ def scene_painter(pipeline: Any, scenes: ObjectScenes, count: int, folder: Path)
             [sample.caption for sample in samples],
             objects=[[{"image": picture} for picture in row] for row in pictures],
             num_inference_steps=VALIDATION_STEPS,
+            guidance_scale=VALIDATION_GUIDANCE,
             generator=[torch.Generator().manual_seed(number) for number in range(len(samples))],
         ).images
         adapter.train()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from objectcompose.errors import LayoutError
 from objectcompose.training.caption_encoding import encode_caption
+from objectcompose.training.common import run_script
 from objectcompose.training.fine_tuning import add_fine_tuning_arguments, finish_fine_tuning, start_fine_tuning
 from objectcompose.training.loop import loop_options
 from objectcompose.training.separate_enhance_losses import SeparateEnhanceLosses, SeparateEnhanceOptions
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{name: getattr(args, name) for name in SeparateEnhanceOptions.__dataclass_fields__}
     )
     concepts = read_concepts(args)
-    run = start_fine_tuning(args)
+    run = start_fine_tuning(args, "train_separate_enhance", argv)
     tokenizer, text_encoder, unet = run.pipeline.tokenizer, run.pipeline.text_encoder, run.pipeline.unet
     side = unet.config.sample_size
     rows, columns = args.attention_grid or (side // 4, side // 4)
@@ -108,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

@@ -17,6 +17,7 @@ from pathlib import Path
 from objectcompose.errors import LayoutError
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training.caption_encoding import MASK_MODES, CaptionEncoder
+from objectcompose.training.common import run_script
 from objectcompose.training.fine_tuning import add_fine_tuning_arguments, finish_fine_tuning, start_fine_tuning
 from objectcompose.training.grounded_captions import CaptionDataset, GroundedCaptions, ToyboxCaptions, read_records
 from objectcompose.training.loop import loop_options
@@ -66,6 +67,8 @@ def load_dataset(args: argparse.Namespace, resolution: int) -> CaptionDataset:
     if args.data is not None:
         return GroundedCaptions(read_records(args.data), resolution)
     preset = active_preset()
+    if args.toybox_scenes < 1:
+        raise LayoutError(f"`toybox_scenes` must be at least 1, got {args.toybox_scenes}.")
     if resolution != preset.image_size:
         raise LayoutError(f"`resolution` must be {preset.image_size} with `toybox_scenes`, got {resolution}.")
     return ToyboxCaptions(preset, args.toybox_scenes, args.cache_dir or args.output_dir / "scenes")
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     loss_options = TokenComposeLossOptions(
         **{name: getattr(args, name) for name in TokenComposeLossOptions.__dataclass_fields__}
     )
-    run = start_fine_tuning(args)
+    run = start_fine_tuning(args, "train_token_compose", argv)
     pipeline, unet = run.pipeline, run.pipeline.unet
     resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
     with run.accelerator.main_process_first():  # who renders or reads first fills the caches
@@ -92,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         mask_mode=args.mask_mode,
         on_missing=args.on_missing,
         cache=args.cache_dir,
-        identity=f"{args.pretrained_model} {run.made_for.fingerprint}",
     )
     losses = TokenComposeLosses(
         unet, run.scheduler, encoder, pipeline.vae.config.scaling_factor, loss_options, run.accelerator.autocast
@@ -109,4 +111,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

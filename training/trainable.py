@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from objectcompose.errors import ObjectComposeError
+from objectcompose.errors import MissingPackageError, ObjectComposeError
 
 
 TrainModules = Literal["unet", "attn2", "to_k", "lora"]
@@ -30,6 +30,7 @@ def select_trainable(unet: Any, modules: TrainModules, lora_rank: int = 8) -> di
 
     Raises:
         ObjectComposeError: an unknown choice or rank, or a UNet that has no such parameters.
+        MissingPackageError: "lora" without peft.
     """
     if modules not in get_args(TrainModules):
         raise ObjectComposeError(
@@ -39,7 +40,12 @@ def select_trainable(unet: Any, modules: TrainModules, lora_rank: int = 8) -> di
     if modules == "lora":
         if lora_rank < 1:
             raise ObjectComposeError(f"`lora_rank` must be at least 1, got {lora_rank}.")
-        from peft import LoraConfig  # an extra: only who trains LoRA needs it
+        try:
+            from peft import LoraConfig  # an extra: only who trains LoRA needs it
+        except ImportError as error:
+            raise MissingPackageError(
+                f'`train_modules` "lora" needs peft: pip install "objectcompose[train]" ({error}).'
+            ) from error
 
         unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=_LORA_TARGETS), LORA_ADAPTER)
         chosen = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}

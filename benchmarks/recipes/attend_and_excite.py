@@ -12,9 +12,9 @@ from objectcompose.pipelines.token_utils import find_phrases
 
 
 ATTEND_AND_EXCITE = "attend_and_excite"
-#: (grid of the maps, step size, share of the steps that are altered): what the dev split chooses from. The authors
-#: read maps of a quarter of the latents' sides and alter half of the steps.
-SETTINGS = ((4, 20, 0.5), (8, 20, 0.5), (8, 5, 0.5))
+#: (grid of the maps, step size, thresholds): what the dev split chooses from. The authors read maps of a quarter of the
+#: latents' sides and ask for 0.05, 0.5 and 0.8 at the first step and after a fifth and two fifths of them.
+SETTINGS = ((4, 20, (0.05, 0.5, 0.8)), (8, 20, (0.05, 0.5, 0.8)), (8, 5, (0.05, 0.2, 0.4)))
 STEPS = 20
 
 
@@ -41,15 +41,16 @@ def call_arguments(count: int) -> list[dict[str, Any]]:
     return [
         {
             "batch_size": 1,
-            "call_arguments": _arguments(grid, scale, share),
-            "call_identity": f"grid {grid}, step size {scale}, {share:.0%} of the steps",
+            "call_arguments": _arguments(grid, scale, thresholds),
+            "call_identity": f"grid {grid}, step size {scale}, thresholds {thresholds}",
         }
-        for grid, scale, share in SETTINGS[:count]
+        for grid, scale, thresholds in SETTINGS[:count]
     ]
 
 
-def _arguments(grid: int, scale: int, share: float) -> Callable[[Sequence[PromptRecord]], dict[str, Any]]:
-    altered = int(share * STEPS)
+def _arguments(
+    grid: int, scale: int, thresholds: tuple[float, float, float]
+) -> Callable[[Sequence[PromptRecord]], dict[str, Any]]:
     tokenizer = load_checkpoint(None, "cpu").tokenizer
 
     def arguments(records: Sequence[PromptRecord]) -> dict[str, Any]:
@@ -62,9 +63,8 @@ def _arguments(grid: int, scale: int, share: float) -> Callable[[Sequence[Prompt
             "token_indices": indices,
             "attn_res": (grid, grid),
             "scale_factor": scale,
-            "max_iter_to_alter": altered,
-            # thresholds belong to steps; the authors' 0, 10 and 20 of 50
-            "thresholds": {0: 0.05, STEPS // 5: 0.5, 2 * STEPS // 5: 0.8},
+            "max_iter_to_alter": STEPS // 2,  # as the authors'
+            "thresholds": dict(zip((0, STEPS // 5, 2 * STEPS // 5), thresholds, strict=True)),
         }
 
     return arguments

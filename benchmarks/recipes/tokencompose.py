@@ -277,9 +277,10 @@ class Recipe:
         """Seconds of a picture of two objects beside the base's, in pairs."""
         record = toybox_pairs(active_preset())[0]
         base, extra = load_arm(None, self.device), {}
-        pipeline = base if name != ATTEND_AND_EXCITE else load_attend_and_excite(self.device)
+        pipeline = base
         if name == ATTEND_AND_EXCITE:
-            extra = call_arguments(1)[0]["call_arguments"]([record])
+            pipeline, paint = self.tuned_attend_and_excite(self.out / name)  # as it was measured
+            extra = paint["call_arguments"]([record])
         elif self.weights(name) is not None:
             pipeline = load_arm(self.weights(name), self.device)
         settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
@@ -306,6 +307,8 @@ def save_sheet(recipe: Recipe, rows: Sequence[Row], columns: int = 6) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe."""
     args = recipe_parser(__doc__.splitlines()[0], "tokencompose").parse_args(argv)
+    if args.record and args.arms:
+        raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
     out = args.out or Path("outputs") / "reproduce" / f"tokencompose-{args.preset}"
     out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(args.preset, out, args.arms)

@@ -26,7 +26,8 @@ from tests.attention_processors.helpers import unet_and_inputs
 from tests.tiny import tiny_unet
 
 
-CANVAS = (32, 32)
+CANVAS = (16, 16)
+FINE_CANVAS = (32, 32)  # whose finest level the loss does not read
 PICTURES = ((TWO_BOXES, TWO_SUBJECTS), (ONE_BOX, ONE_SUBJECT))
 ONE_STEP = {"iterations": 1, "guided_steps": 3}
 
@@ -86,7 +87,7 @@ def explicit_gradient(call, penalty, **weights):
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_loss_and_gradient_are_those_of_whole_tables(kind, step):
-    call = Call(kind=kind, **ONE_STEP)
+    call = Call(kind=kind, canvas=FINE_CANVAS, **ONE_STEP)
     moved = call.step(step)
     size = 8 - 2 * step  # of three guided steps from 8 to 2
     penalty = call.run.options.penalty_at(step, 3)
@@ -269,7 +270,7 @@ def test_cell_maps_are_the_masked_table_averaged_over_heads():
 
 
 def test_large_tables_of_cells_are_refused():
-    unet, inputs = unet_and_inputs("sd1", grid=CANVAS)
+    unet, inputs = unet_and_inputs("sd1", grid=FINE_CANVAS)
     probe = CellMapProbe(match_layers(unet, r"up_blocks\.2.*attn1$"), max_cells=1023)
     with pytest.raises(ObjectComposeError, match="at most 1023 cells"), torch.no_grad(), use_parts(unet, [probe]):
         unet(**inputs)

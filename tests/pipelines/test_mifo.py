@@ -307,17 +307,17 @@ def test_layers_can_be_chosen():
 def test_the_plain_way_paints_the_same_picture():
     """What the benchmark compares with: whole tables, both halves, all of the UNet."""
     pipeline = mifo_pipeline()
-    placed = place_phrases(pipeline.tokenizer, PROMPT, DOG_AND_CORGI, (64, 64), ("phrase",), "test")[0]
+    placed = place_phrases(pipeline.tokenizer, PROMPT, DOG_AND_CORGI, (32, 32), ("phrase",), "test")[0]
     items = [SceneObject(**item) for item in DOG_AND_CORGI]
     subjects = prompt_subjects(pipeline.tokenizer, PROMPT, items, placed)
-    control = NaiveBoxControl(subjects, (LEFT, RIGHT), control_layers(pipeline.unet, (32, 32)).loss)
-    noise = torch.randn(1, 4, 32, 32, generator=generators(1)[0])
+    control = NaiveBoxControl(subjects, (LEFT, RIGHT), control_layers(pipeline.unet, (16, 16)).loss)
+    noise = torch.randn(1, 4, 16, 16, generator=generators(1)[0])
     with torch.no_grad():
         embeds, negative = pipeline.encode_prompt(PROMPT, "cpu", 1, True)
         text = torch.cat([negative, embeds])
-        expected = naive_sampling(pipeline.unet, pipeline.scheduler, noise, text, control, 4, 2)
-    options = {"guided_steps": 2, "refine": False, "stop_below": 0.0}
-    found = paint(pipeline, latents=noise, num_inference_steps=4, output_type="latent", box_control=options)
+        expected = naive_sampling(pipeline.unet, pipeline.scheduler, noise, text, control, 2, 1)
+    options = {"guided_steps": 1, "refine": False, "stop_below": 0.0}
+    found = paint(pipeline, latents=noise, num_inference_steps=2, output_type="latent", box_control=options)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 

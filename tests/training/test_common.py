@@ -12,19 +12,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from objectcompose.errors import CheckpointError, ObjectComposeError
+from objectcompose.errors import CheckpointError, MissingPackageError, ObjectComposeError
 from objectcompose.training.common import (
+    CHECKPOINT_FOLDER,
     Checkpointer,
     JsonlLogger,
+    check_same_run,
     collect_state,
     create_ema,
     read_log,
     restore_rng,
     restore_state,
     rng_state,
+    run_script,
     shuffled_batch,
     start_training,
 )
+from objectcompose.training.trainable import select_trainable
+from tests.tiny import tiny_unet
 
 
 SCRIPT = '''
@@ -211,3 +216,34 @@ def test_log_drops_what_was_written_after_the_checkpoint(tmp_path):
 def test_bad_arguments_are_typed_errors(call, word):
     with pytest.raises(ObjectComposeError, match=word):
         call()
+
+
+def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
+    check_same_run(tmp_path, {"script": "a", "rate": 1.0, "sizes": (1, 2)})
+    check_same_run(tmp_path, {"script": "a", "rate": 2.0, "sizes": (1, 2)})  # nothing was trained yet
+    Checkpointer(tmp_path / CHECKPOINT_FOLDER).save(3, {"x": torch.ones(1)})
+    check_same_run(tmp_path, {"script": "a", "rate": 2.0, "sizes": (1, 2)})
+    with pytest.raises(CheckpointError, match="rate is 2.0 there and 1.0 here; script is 'a' there and 'b' here"):
+        check_same_run(tmp_path, {"script": "b", "rate": 1.0, "sizes": (1, 2)})
+    with pytest.raises(CheckpointError, match="rate is 2.0 there and None here"):
+        check_same_run(tmp_path, {"script": "a", "sizes": (1, 2)})
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(CheckpointError, match="run.json` cannot be read"):
+        check_same_run(tmp_path, {"script": "a"})
+
+
+def test_extras_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingPackageError, match="peft.*pip install"):
+        select_trainable(tiny_unet(), "lora")
+    with pytest.raises(MissingPackageError, match="tensorboard.*pip install"):
+        JsonlLogger(tmp_path / "log.jsonl", tensorboard=tmp_path)
+
+
+def test_scripts_say_bad_input_in_one_line(capsys):
+    def refuse() -> int:
+        raise CheckpointError("`base` is\nmissing.")
+
+    assert run_script(refuse) == 2 and run_script(lambda: 0) == 0
+    assert capsys.readouterr().err == "error: `base` is missing.\n"

@@ -123,28 +123,62 @@ def test_bad_data_is_refused_with_its_line(root):
     metadata.write_text("")
     with pytest.raises(LayoutError, match="at least one line"):
         read_records(root)
+    metadata.write_bytes(b"\xff\xfe")
+    with pytest.raises(LayoutError, match="UTF-8"):
+        read_records(root)
     with pytest.raises(LayoutError, match="metadata.jsonl"):
         read_records(root / "coco_gsam_seg")
 
 
+def test_metadata_as_others_write_it(root):
+    """With a byte order mark, and with a line break inside of a caption that only JSON knows to be none."""
+    metadata = root / "coco_gsam_img" / "train" / "metadata.jsonl"
+    entries = [json.loads(line) for line in metadata.read_text().splitlines()]
+    entries[0]["text"] = "a dog\u2028and a cup"
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    metadata.write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
+    assert [record.caption for record in read_records(root)] == ["a dog\u2028and a cup", "nothing at all"]
+
+
+def test_bad_files_are_refused_before_any_is_used(root):
+    """Of the heads: nothing is decoded, so that a set of thousands is quick."""
+    mask = root / "coco_gsam_seg" / "000001" / "mask_000001_dog.png"
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(mask)  # turned by 90 degrees: known when the picture is read
+    read_records(root)
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(mask)
+    with pytest.raises(RegionError, match=r"line 1: the mask of 'dog' must have the size .* \(9, 9\)"):
+        read_records(root)
+    mask.write_bytes(b"no picture")
+    with pytest.raises(ImageInputError, match="line 1 names .*mask_000001_dog.png"):
+        read_records(root)
+    (root / "coco_gsam_img" / "train" / "000002.png").write_bytes(b"")
+    mask.unlink()
+    with pytest.raises(ImageInputError, match="mask_000001_dog.png"):
+        read_records(root)
+
+
 def test_bad_files_are_refused(root, tmp_path):
     mask = root / "coco_gsam_seg" / "000001" / "mask_000001_dog.png"
-    Image.fromarray(np.zeros((9, 9), np.uint8)).save(mask)
+    dataset = GroundedCaptions(read_records(root), 32)
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(mask)
     with pytest.raises(RegionError, match="'dog' must have the size"):
-        GroundedCaptions(read_records(root), 32)[0]
-    mask.write_bytes(b"no picture")
-    with pytest.raises(ImageInputError, match="mask_000001_dog"):
-        GroundedCaptions(read_records(root), 32)[0]
+        dataset[0]
+    Image.fromarray(np.random.default_rng(0).integers(0, 2, SIZE[::-1], dtype=np.uint8) * 255).save(mask)
+    for broken in (b"no picture", mask.read_bytes()[:90]):  # whose head is sound
+        mask.write_bytes(broken)
+        with pytest.raises(ImageInputError, match="mask_000001_dog"):
+            dataset[0]
     (root / "coco_gsam_img" / "train" / "000001.png").write_bytes(b"no picture")
     with pytest.raises(ImageInputError, match="000001.png"):
-        GroundedCaptions(read_records(root), 32)[0]
+        dataset[0]
     with pytest.raises(RegionError, match="shape"):
         write_records(tmp_path / "bad", [("1", picture(tmp_path), "dog", [("dog", torch.ones(3, 3))])])
 
 
 def encoder(dataset, **changes) -> CaptionEncoder:
     tokenizer = tiny_tokenizer()
-    return CaptionEncoder(dataset, tokenizer, tiny_text_encoder(tokenizer), tiny_vae(), levels=3, **changes)
+    parts = {"vae": tiny_vae(), "levels": 3, **changes}
+    return CaptionEncoder(dataset, tokenizer, tiny_text_encoder(tokenizer), **parts)
 
 
 def assert_same(first, second):
@@ -168,6 +202,11 @@ def test_cached_equals_computed(root, tmp_path):
     encoder(dataset, cache=tmp_path / "cache", mask_mode="maxpool")[0]
     encoder(dataset, cache=tmp_path / "cache", identity="another base")[0]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
+    other = encoder(dataset, cache=tmp_path / "cache", vae=tiny_vae().requires_grad_(False))
+    other.vae.quant_conv.weight.mul_(2)  # after it was counted, so what is there is found
+    assert_same(other[0], cached[0])
+    changed = encoder(dataset, cache=tmp_path / "cache", vae=other.vae)
+    assert not torch.equal(changed[0].moments, cached[0].moments)  # another autoencoder never reads the old one's
 
 
 def test_encoded_sample(root):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.measure import measuring_unet
 from objectcompose.errors import LayoutError, ObjectComposeError, PhraseNotFoundError, PromptTooLongError
 from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
+from objectcompose.toybox.weights import toybox_path
 from objectcompose.training import learn_mifo
 from objectcompose.training.common import Checkpointer, read_log
 from tests.pipelines.helpers import quiet
-from tests.tiny import tiny_components
+from tests.tiny import TEXT_WIDTH, tiny_components
 
 
 SIZE = 32
@@ -163,6 +166,28 @@ def test_killed_and_resumed_equals_unbroken(base, scene, learned, tmp_path, stag
         file = next((learned / "weights" / model).glob("*.safetensors"))
         one, other = load_file(file), load_file(tmp_path / "weights" / model / file.name)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_photograph_with_masks_from_phrases(tmp_path):
+    """A portrait in the public domain, segmented by toybox's CLIPSeg, on the layout of Stable Diffusion 2."""
+    photo = Path(pytest.importorskip("matplotlib").get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    unet = measuring_unet("sd2", cross_attention_dim=TEXT_WIDTH)
+    unet.register_to_config(sample_size=16)  # pictures of 32 pixels
+    StableDiffusionPipeline(**{**tiny_components(), "unet": unet}, requires_safety_checker=False).save_pretrained(
+        tmp_path / "base"
+    )
+    out = tmp_path / "out"
+    common = ["--pretrained_model", str(tmp_path / "base"), "--output_dir", str(out)]
+    common += ["--image", str(photo), "--phrases", "a car", "a teddy bear"]  # what it takes cloth and hair for
+    common += ["--detector_model", str(toybox_path("clipseg")), "--max_train_steps", "2", "--lr_warmup_steps", "0"]
+    common += ["--stage2_steps", "1", "--class_pictures", "1", "--class_steps", "1", "--reward_steps", "1"]
+    assert learn_mifo.main(common) == 0
+    pipeline = quiet(MIFOPipeline.from_pretrained(out / "weights"))
+    objects = [{"token": f"<asset{index}>", "box": (index / 2, 0.1, index / 2 + 0.5, 0.9)} for index in range(2)]
+    prompt = "a photo of <asset0> and <asset1>"
+    images = pipeline(prompt, objects=objects, num_inference_steps=2, output_type="pt").images
+    assert torch.isfinite(images).all()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from objectcompose.errors import CheckpointError, NonFiniteError, ObjectComposeError
 from objectcompose.training.common import Checkpointer, read_log
-from objectcompose.training.loop import LoopOptions, draws_of_batch, run_loop
+from objectcompose.training.loop import SCHEDULES, LoopOptions, draws_of_batch, run_loop
 
 
 DATA = torch.randn(10, 3, generator=torch.Generator().manual_seed(7))
@@ -44,7 +44,8 @@ def train(
             loss = loss * float("nan")
         yield {"loss": loss, "size": weight.detach().norm()}
 
-    run_loop(Accelerator(cpu=True), {"weight": weight}, losses, len(DATA), chosen, validate)
+    watch = None if validate is None else lambda step: validate(step, weight.detach().clone())
+    run_loop(Accelerator(cpu=True), {"weight": weight}, losses, len(DATA), chosen, watch)
     return weight.detach()
 
 
@@ -87,10 +88,13 @@ def test_finished_run_trains_no_further(tmp_path):
 
 
 def test_validation_sees_the_average_and_changes_nothing(tmp_path):
-    seen = []
+    seen: dict[int, torch.Tensor] = {}
     plain = train(options(tmp_path / "a"))
-    assert torch.equal(train(options(tmp_path / "b"), validate=seen.append), plain)
-    assert seen == [3, 6]
+    assert torch.equal(train(options(tmp_path / "b"), validate=seen.__setitem__), plain)
+    assert list(seen) == [3, 6] and torch.equal(seen[6], plain)  # the average is what is left at the end
+    unaveraged = train(options(tmp_path / "c", ema_decay=None))
+    assert not torch.equal(unaveraged, plain)
+    assert torch.equal(Checkpointer(tmp_path / "b" / "checkpoints").latest()[1]["weights"]["weight"], unaveraged)
 
 
 def test_nan_stops_before_the_weights(tmp_path):
@@ -106,11 +110,24 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         train(options(tmp_path, ema_decay=None, max_train_steps=9))
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    train(options(tmp_path))
+    with pytest.raises(CheckpointError, match="`max_train_steps` must be at least the 6 steps .* got 5"):
+        train(options(tmp_path, max_train_steps=5))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_runs(tmp_path, schedule):
+    assert train(options(tmp_path, lr_scheduler=schedule, max_train_steps=2, lr_warmup_steps=1)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"max_train_steps": 0}, {"train_batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")},
-        {"seed": -1}, {"report_to": "paper"}, {"gradient_accumulation_steps": 0},
+        {"seed": -1}, {"report_to": "paper"}, {"gradient_accumulation_steps": 0}, {"validation_steps": 0},
+        {"ema_decay": 1.0}, {"weight_decay": float("nan")}, {"lr_warmup_steps": -1},
+        {"lr_scheduler": "piecewise_constant"},
     ],
 )  # fmt: skip
 def test_bad_options(tmp_path, changes):

@@ -153,7 +153,9 @@ def test_bad_options():
         token_compose(tiny_unet(), layers=r"no_such_block")
     for changes, message in (
         ({"objects": 1}, "objects"), ({"sep_weight": -1.0}, "sep_weight"), ({"head_mode": "max"}, "head_mode"),
-        ({"latent_source": "pictures"}, "latent_source"),
+        ({"latent_source": "pictures"}, "latent_source"), ({"sigma": 0.0}, "sigma"),
+        ({"min_timestep": -1}, "-1 and None"), ({"min_timestep": 5, "max_timestep": 5}, "5 and 5"),
+        ({"max_timestep": 0}, "0 and 0"),
         ({"sep_weight": 0.0, "enhance_weight": 0.0, "norm_weight": 0.0}, "above 0"),
     ):  # fmt: skip
         with pytest.raises(ObjectComposeError, match=message):
@@ -240,6 +242,10 @@ def test_prompts_are_drawn_from_the_generator_alone():
     assert all(one.concepts[0] == "apple" and len(set(one.concepts)) == 3 for one in drawn)
     assert {" with " in one.text for one in drawn} == {True, False} and len({one.concepts for one in drawn}) > 3
     assert drawn[0].single == "a photo of an apple"
+    pair = {
+        draw_prompt(names[:2], first, 2, torch.Generator().manual_seed(seed)) for first in (0, 1) for seed in (0, 1)
+    }
+    assert [one.text for one in pair] == ["a photo of a dog and a cup"]
 
 
 def test_supervised_tokens_are_the_concepts_pieces():
@@ -248,6 +254,16 @@ def test_supervised_tokens_are_the_concepts_pieces():
     assert list(pieces) == ["dog", "carton"]
     for concept, tokens in pieces.items():
         assert "".join(tokens).replace("</w>", "") == concept
+
+
+def test_timesteps_lie_between_their_bounds():
+    losses = separate_enhance(tiny_unet(), min_timestep=3, max_timestep=5)
+    drawn = {int(step) for seed in range(20) for step in losses._noisy_latents(draws(seed), torch.device("cpu"))[1]}
+    assert drawn == {3, 4}
+    last = noise_scheduler().config.num_train_timesteps
+    for bounds in ({"min_timestep": last}, {"max_timestep": last + 1}):
+        with pytest.raises(ObjectComposeError, match=f"scheduler's {last} timesteps"):
+            separate_enhance(tiny_unet(), **bounds)
 
 
 def test_bad_concepts_and_grids():

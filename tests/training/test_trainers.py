@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from objectcompose.adapters.unet_delta import UNetDelta
-from objectcompose.errors import CheckpointError, LayoutError
+from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
 from objectcompose.training import train_separate_enhance, train_token_compose
 from objectcompose.training.common import Checkpointer, read_log
 from objectcompose.training.grounded_captions import write_records
@@ -77,6 +78,22 @@ def test_token_compose_whole_unet(base, data, tmp_path):
     assert pipeline("a dog", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 32, 32)
 
 
+def test_a_folder_of_another_run_is_refused(base, data, tmp_path):
+    """Else Separate-and-Enhance would go on from TokenCompose's checkpoint, whose parameters have the same names."""
+    few = ("--train_modules", "to_k", "--max_train_steps", "1", "--checkpointing_steps", "1")
+    arguments = token_compose(base, data, tmp_path, *few)
+    assert train_token_compose.main(arguments) == 0
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert f"objectcompose.training.train_token_compose {shlex.join(arguments)}" in card  # not the running pytest
+    assert train_token_compose.main([*arguments, "--validation_steps", "7"]) == 0
+    with pytest.raises(CheckpointError, match="token_weight is 0.1 there and 0.2 here"):
+        train_token_compose.main([*arguments, "--token_weight", "0.2"])
+    with pytest.raises(CheckpointError, match="script is 'train_token_compose' there"):
+        train_separate_enhance.main(
+            ["--pretrained_model", str(base), "--concepts", "dog", "cup", "--output_dir", str(tmp_path)]
+        )
+
+
 def test_caching_changes_nothing(base, data, tmp_path):
     train_token_compose.main(token_compose(base, data, tmp_path / "plain"))
     for _ in range(2):  # written, then read
@@ -104,19 +121,19 @@ def run_until_step(command: list[str], out: Path, step: int, environment: dict[s
 def test_killed_and_resumed_equals_unbroken(base, data, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-P", "-m", "objectcompose.training.train_token_compose"]
-    more = ["--max_train_steps", "40", "--ema_decay", "0.9"]
+    more = ["--max_train_steps", "20", "--ema_decay", "0.9"]
     for out in ("unbroken", "killed"):
         command = [*script, *token_compose(base, data, tmp_path / out, *more)]
         if out == "killed":
-            step = random.randrange(1, 30)
+            step = random.randrange(1, 15)
             print(f"killed at step {step}")
             run_until_step(command, tmp_path / out, step, environment)
-            assert Checkpointer(tmp_path / out / "checkpoints").steps()[-1] < 40
+            assert Checkpointer(tmp_path / out / "checkpoints").steps()[-1] < 20
         subprocess.run(command, check=True, env=environment, capture_output=True)
     first, second = (Checkpointer(tmp_path / out / "checkpoints").latest() for out in ("unbroken", "killed"))
-    assert first[0] == second[0] == 40
+    assert first[0] == second[0] == 20
     assert all(torch.equal(first[1]["weights"][name], second[1]["weights"][name]) for name in first[1]["weights"])
-    assert [line["step"] for line in read_log(tmp_path / "killed" / "log.jsonl")] == list(range(1, 41))
+    assert [line["step"] for line in read_log(tmp_path / "killed" / "log.jsonl")] == list(range(1, 21))
     weights = [
         load_file(tmp_path / out / "weights/unet/diffusion_pytorch_model.safetensors")
         for out in ("unbroken", "killed")
@@ -138,6 +155,8 @@ def test_two_processes_equal_one_with_twice_the_accumulation(base, data, tmp_pat
         assert [line[name] for name in ("loss", "token", "grad_norm")] == pytest.approx(
             [other[name] for name in ("loss", "token", "grad_norm")], rel=1e-3
         )
+    first, second = (state(tmp_path / out) for out in ("one", "two"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
 
 
 @pytest.mark.parametrize("modules", ["attn2", "to_k"])
@@ -200,6 +219,15 @@ def test_bad_input_before_any_step(base, data, tmp_path):
         train_token_compose.main(token_compose(base, tmp_path, tmp_path / "out"))
     with pytest.raises(CheckpointError):
         train_token_compose.main(token_compose(tmp_path / "none", data, tmp_path / "out"))
+    with pytest.raises(LayoutError, match="toybox_scenes"):
+        train_token_compose.main(["--toybox_scenes", "0", "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ObjectComposeError, match="delta_rank.*got 0"):
+        train_token_compose.main(token_compose(base, data, tmp_path / "out", "--delta_rank", "0"))
+    with pytest.raises(ObjectComposeError, match="lora_rank"):
+        train_token_compose.main(
+            token_compose(base, data, tmp_path / "out", "--delta_rank", "2", "--train_modules", "lora")
+        )
+    assert not (tmp_path / "out" / "checkpoints").exists()  # all of it before any step
     with pytest.raises(LayoutError, match="different"):
         train_separate_enhance.main(["--pretrained_model", str(base), "--concepts", "dog", "dog"])
     with pytest.raises(LayoutError, match="concepts_file"):

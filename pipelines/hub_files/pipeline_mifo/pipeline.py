@@ -2797,7 +2797,7 @@ class BoxControlRun:
 
     Attributes:
         parts: to install for the whole call; batches are B rows, or `[uncond, cond]` of 2 B.
-        losses: per guided step the losses of its iterations, `(B,)` each, on the CPU, for inspection.
+        losses: per guided step the losses of its iterations, `(B,)` each, for inspection.
     """
 
     def __init__(
@@ -2885,15 +2885,16 @@ class BoxControlRun:
         options = self.options
         weight = options.penalty_at(step, self.guided_steps)
         size = descent_step_size(step, self.guided_steps, *options.step_sizes)
+        if not bool(self._counts.any()):
+            return latents
         active = (self._counts > 0).to(latents.device)
         # The UNet reads latents of unit variance whatever the scheduler's scale is, and the step sizes are for these.
         scale = scale_input(torch.ones_like(latents[:1, :1, :1, :1]))
-        losses = []
+        losses: "list[torch.Tensor]" = []
+        self.losses.append(losses)
         probes = [self._loss_probes[kind] for kind in options.kinds]
         with use_parts(self.unet, probes, outer_probes=False), _without_parameter_gradients(self.unet):
             for _ in range(options.iterations):
-                if not bool(active.any()):
-                    break
                 with torch.enable_grad():
                     model_input = scale_input(latents).detach().requires_grad_()
                     forward(model_input)
@@ -2903,17 +2904,20 @@ class BoxControlRun:
                 assert gradient is not None
                 for probe in probes:
                     probe.clear()
-                if not torch.isfinite(gradient).all():
+                moved = latents - (size * gradient / scale).to(latents.dtype)
+                latents = torch.where(active[:, None, None, None], moved, latents)
+                losses.append(loss.total.detach())
+                judged = (loss.total if options.stop_on == "total" else loss.reward).detach()
+                active = active & (judged / self._counts.to(judged).clamp_min(1) >= options.stop_below)
+                # Both questions at once, since each answer makes the host wait for the device.
+                is_finite, goes_on = torch.stack([torch.isfinite(gradient).all(), active.any()]).tolist()
+                if not is_finite:
                     raise NonFiniteError(
                         f"the gradient of box control at step {step} is not finite; use a wider dtype or smaller"
                         " `step_sizes`."
                     )
-                moved = latents - (size * gradient / scale).to(latents.dtype)
-                latents = torch.where(active[:, None, None, None], moved, latents)
-                losses.append(loss.total.detach().cpu())
-                judged = (loss.total if options.stop_on == "total" else loss.reward).detach()
-                active &= judged / self._counts.to(judged).clamp_min(1) >= options.stop_below
-        self.losses.append(losses)
+                if not goes_on:
+                    break
         return latents
 
     def _loss(self, weight: "float") -> "BoxLoss":

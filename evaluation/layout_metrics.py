@@ -1,0 +1,204 @@
+"""Are objects where their boxes are? Average precision by COCO's rules, and cosines between crops and references.
+
+The average precision is computed here and not by pycocotools: which box matches which does not depend on the other
+pictures, so a bootstrap over pictures reuses the matches, while COCOeval would match again for each draw. The tests
+hold it equal to COCOeval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from objectcompose.evaluation.report import share_metrics
+
+
+Box = Sequence[float]
+Row = Mapping[str, Any]
+#: COCO's thresholds of intersection over union, and the recalls at which precision is read.
+OVERLAPS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+MAX_DETECTIONS = 100
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Detections of one category in one picture.
+
+    Attributes:
+        scores: (D,), best first.
+        is_hit: (10, D), whether each matches a wanted box at each threshold.
+        wanted: number of boxes of this category that should be there.
+    """
+
+    scores: np.ndarray
+    is_hit: np.ndarray
+    wanted: int
+
+
+def overlaps_of(found: Sequence[Box], wanted: Sequence[Box]) -> np.ndarray:
+    """Intersection over union of boxes (xyxy): (D, G)."""
+    first, second = (
+        np.reshape(np.array(found, dtype=float), (-1, 1, 4)),
+        np.reshape(np.array(wanted, float), (1, -1, 4)),
+    )
+    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2])
+    shared = sides.clip(min=0).prod(-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (first, second)]
+    return shared / (areas[0] + areas[1] - shared)
+
+
+def match_boxes(found: Sequence[tuple[float, Box]], wanted: Sequence[Box]) -> Matches:
+    """Match detections, best first, each to the free box that it overlaps most, as COCO does.
+
+    Args:
+        found: score and box of each detection.
+        wanted: the boxes that should be there.
+    """
+    order = np.argsort([-score for score, _ in found], kind="mergesort")[:MAX_DETECTIONS]
+    ranked = [found[number] for number in order]
+    table = overlaps_of([box for _, box in ranked], wanted)
+    is_hit = np.zeros((len(OVERLAPS), len(ranked)), dtype=bool)
+    for level, least in enumerate(OVERLAPS):
+        is_free = np.ones(len(wanted), dtype=bool)
+        for number, row in enumerate(table):
+            candidates = np.where(is_free, row, -1.0)
+            if len(candidates) and candidates.max() >= min(least, 1 - 1e-10):
+                best = len(candidates) - 1 - int(candidates[::-1].argmax())  # of equal ones the last, as there
+                is_free[best], is_hit[level, number] = False, True
+    return Matches(np.array([score for score, _ in ranked], dtype=float), is_hit, len(wanted))
+
+
+def average_precisions(pictures: Sequence[Matches], counts: np.ndarray | None = None) -> np.ndarray:
+    """Mean over 101 recalls of the best precision at that recall or a higher one: (R, 10), one per threshold.
+
+    Args:
+        pictures: of one category.
+        counts: (R, pictures), how often each picture counts in each of R draws; None: each once, R = 1.
+
+    Returns:
+        NaN in draws that have no box to be found.
+    """
+    counts = np.ones((1, len(pictures))) if counts is None else counts
+    scores = np.concatenate([one.scores for one in pictures])
+    order = np.argsort(-scores, kind="mergesort")
+    is_hit = np.concatenate([one.is_hit for one in pictures], axis=1)[:, order]
+    weights = counts[:, np.repeat(np.arange(len(pictures)), [len(one.scores) for one in pictures])[order]]
+    wanted = counts @ np.array([one.wanted for one in pictures], dtype=float)
+    seen, levels = weights.cumsum(1).clip(min=1), []
+    for hits in is_hit:
+        found = (weights * hits).cumsum(1)
+        precision = np.maximum.accumulate((found / seen)[:, ::-1], axis=1)[:, ::-1]
+        # how many of the recalls are reached by a detection and by none before it; recall 0 is by the first
+        reached = np.searchsorted(RECALLS, found / wanted.clip(min=1)[:, None], side="right")
+        levels.append((precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS))
+    return np.where(wanted[:, None] > 0, np.stack(levels, axis=1), np.nan)
+
+
+def matches_of_row(categories: Sequence[str], boxes: Sequence[Box], found: Sequence[Row]) -> dict[str, Matches]:
+    """Matches of one picture by category, those of its layout; what is found beside them counts nowhere.
+
+    Args:
+        categories: of the layout's objects.
+        boxes: of the same.
+        found: with `category`, `score` and `box`.
+    """
+    matches = {}
+    for category in dict.fromkeys(categories):
+        wanted = [box for name, box in zip(categories, boxes, strict=True) if name == category]
+        seen = [(one["score"], one["box"]) for one in found if one["category"] == category]
+        matches[category] = match_boxes(seen, wanted)
+    return matches
+
+
+def mean_precisions(rows: Sequence[Mapping[str, Matches]], counts: np.ndarray | None = None) -> np.ndarray:
+    """AP50 and AP[.50:.95] in [0, 1], means over the categories that have a box to be found: (R, 2).
+
+    Args:
+        rows: of `matches_of_row`, one per picture.
+        counts: see `average_precisions`.
+    """
+    nothing = match_boxes([], [])
+    tables = [
+        average_precisions([row.get(category, nothing) for row in rows], counts)
+        for category in dict.fromkeys(name for row in rows for name in row)
+    ]
+    table = np.nanmean(np.stack(tables), axis=0)
+    return np.stack([table[:, 0], table.mean(1)], axis=1)
+
+
+def precision_metrics(name: str, rows: Sequence[Mapping[str, Matches]], groups: Sequence[object]) -> dict[str, float]:
+    """`<name>ap50` and `<name>ap` in per cent, with bootstrap intervals where there are two groups or more.
+
+    Args:
+        name: prefix.
+        rows: of `matches_of_row`.
+        groups: one label per row, such as its layout; rows of a group are drawn together.
+    """
+    labels = list(dict.fromkeys(groups))
+    values = 100 * mean_precisions(rows)[0]
+    metrics = {f"{name}{key}": float(value) for key, value in zip(("ap50", "ap"), values, strict=True)}
+    if len(labels) < 2:
+        return metrics
+    drawn = np.random.default_rng(0).multinomial(len(labels), [1 / len(labels)] * len(labels), size=RESAMPLES)
+    counts = drawn[:, [labels.index(group) for group in groups]].astype(float)
+    bounds = 100 * np.quantile(mean_precisions(rows, counts), [0.025, 0.975], axis=0)
+    for (key, value), low, high in zip(list(metrics.items()), *bounds, strict=True):
+        # no mean of rows: in a small sample the value itself may lie outside by a hair
+        metrics |= {f"{key}.lo": min(float(low), value), f"{key}.hi": max(float(high), value)}
+    return metrics
+
+
+def layout_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """All figures, over all rows and for each kind alone (`<kind>.`), in per cent.
+
+    `ap50`, `ap`: of the detector's boxes; with `ceiling.` before them: in the true scenes. For each encoder of crops:
+    `similarity` of an object's box to its reference, its `ceiling` (true scene), its `floor` (the scene with other
+    identities of the same categories), and `leakage`, a box's similarity to the references of other boxes, which in
+    the true scene is `true_leakage`.
+
+    Args:
+        rows: one per picture: `layout`, `round`, `kind`, `categories`, `boxes`, `found`, and `cosines`, encoder to
+            (box, reference); and `truth` and `rivals`, which have `found` and `cosines` too, or None.
+    """
+    metrics: dict[str, float] = {}
+    for kind in ("", *sorted({row["kind"] for row in rows} - {""})):
+        counted = [row for row in rows if not kind or row["kind"] == kind]
+        metrics |= _metrics_of_kind(f"{kind}." if kind else "", counted)
+    return metrics
+
+
+def _metrics_of_kind(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
+    once = list({row["layout"]: row for row in reversed(rows)}.values())[::-1]  # true scenes count once
+    metrics: dict[str, float] = {}
+    for name, source, counted in (("", None, rows), ("ceiling.", "truth", once)):
+        looked_at = [(row, row if source is None else row[source]) for row in counted]
+        looked_at = [(row, seen) for row, seen in looked_at if seen is not None]
+        if looked_at:
+            matches = [matches_of_row(row["categories"], row["boxes"], seen["found"]) for row, seen in looked_at]
+            metrics |= precision_metrics(f"{prefix}{name}", matches, [row["layout"] for row, _ in looked_at])
+    sources = (
+        ("similarity", None, rows, False),
+        ("ceiling", "truth", once, False),
+        ("floor", "rivals", once, False),
+        ("leakage", None, rows, True),
+        ("true_leakage", "truth", once, True),
+    )
+    for encoder in rows[0]["cosines"]:
+        for name, source, counted, is_leakage in sources:
+            values, groups = [], []
+            for row in counted:
+                seen = row if source is None else row[source]
+                table = np.array([]) if seen is None else np.array(seen["cosines"][encoder])
+                if table.size:
+                    is_own = np.eye(len(table), dtype=bool)
+                    chosen = table[~is_own if is_leakage else is_own]
+                    values += chosen.tolist()
+                    groups += [row["layout"]] * len(chosen)
+            if values:
+                metrics |= share_metrics(f"{prefix}{encoder}.{name}", values, groups)
+    return metrics

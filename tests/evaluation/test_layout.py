@@ -1,0 +1,331 @@
+"""`objectcompose evaluate layout`: precision against COCO's own code, cosines by hand, layouts, the command."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from objectcompose.__main__ import main
+from objectcompose.adapters.locref_adapter import LocRefAdapter
+from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
+from objectcompose.evaluation.crop_similarity import crop_of_box, toybox_encoders
+from objectcompose.evaluation.layout_metrics import (
+    average_precisions,
+    layout_metrics,
+    match_boxes,
+    matches_of_row,
+    mean_precisions,
+)
+from objectcompose.evaluation.toybox_layouts import (
+    LARGEST_OVERLAP,
+    file_layouts,
+    layouts_digest,
+    toybox_layouts,
+)
+from objectcompose.layout import Layout, SceneObject, save_layout
+from objectcompose.toybox.categories import PRESETS
+from objectcompose.toybox.weights import toybox_path
+from objectcompose.training.box_crops import overlap
+from tests.pipelines.conformance.rows import picture
+
+
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+
+
+# ---- average precision
+
+
+def random_pictures(seed, count=12):
+    """Pictures of three categories with several boxes, some found well, some badly, some not; ties among scores."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        corners = rng.uniform(0, 0.6, (rng.integers(0, 6), 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(0.1, 0.4, corners.shape)], axis=1)
+        categories = [str(name) for name in rng.choice(["cat", "dog", "cup"], len(boxes))]
+        found = []
+        for name, box in zip(categories, boxes, strict=True):
+            for _ in range(rng.integers(0, 4)):
+                moved = box + rng.normal(0, 0.02, 4)
+                found.append({"category": name, "score": float(rng.integers(1, 9)) / 10, "box": moved.tolist()})
+        rows.append({"categories": categories, "boxes": boxes.tolist(), "found": found})
+    return rows
+
+
+def coco_precisions(rows):
+    """AP50 and AP by pycocotools, with the detections that our own counts: those of the picture's categories."""
+    coco = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    names = ["cat", "dog", "cup"]
+
+    def corner_and_sides(box):
+        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+    wanted, found = [], []
+    for number, row in enumerate(rows):
+        for name, box in zip(row["categories"], row["boxes"], strict=True):
+            sides = corner_and_sides(box)
+            facts = {"id": len(wanted) + 1, "image_id": number, "category_id": names.index(name), "iscrowd": 0}
+            wanted.append({**facts, "bbox": sides, "area": sides[2] * sides[3]})
+        for one in row["found"]:
+            facts = {"image_id": number, "category_id": names.index(one["category"])}
+            found.append({**facts, "bbox": corner_and_sides(one["box"]), "score": one["score"]})
+    truth = coco.COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.dataset = {
+            "info": {},
+            "images": [{"id": number} for number in range(len(rows))],
+            "annotations": wanted,
+            "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
+        }
+        truth.createIndex()
+        run = evaluation.COCOeval(truth, truth.loadRes(found), "bbox")
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 2]  # thresholds, recalls, categories; all areas, 100 detections
+    return precision[0].mean(), precision.mean()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_average_precision_is_cocos(seed):
+    rows = random_pictures(seed)
+    ours = mean_precisions([matches_of_row(row["categories"], row["boxes"], row["found"]) for row in rows])
+    assert tuple(ours[0]) == pytest.approx(coco_precisions(rows), abs=1e-9)
+    assert 0.2 < ours[0, 1] < ours[0, 0] < 1
+
+
+def test_average_precision_by_hand():
+    found_one = match_boxes([(0.9, LEFT)], [LEFT, RIGHT])
+    assert average_precisions([found_one])[0, 0] == pytest.approx(51 / 101)  # precision 1 up to recall 0.5
+    wrong_first = match_boxes([(0.9, (0.0, 0.0, 0.1, 0.1)), (0.8, LEFT)], [LEFT])
+    assert average_precisions([wrong_first])[0, 0] == pytest.approx(0.5)
+    twice = match_boxes([(0.9, LEFT), (0.8, LEFT)], [LEFT])  # the second one finds nothing free
+    assert twice.is_hit[0].tolist() == [True, False] and average_precisions([twice])[0, 0] == pytest.approx(1.0)
+    wide = match_boxes([(0.9, (0.0, 0.0, 0.7, 1.0))], [LEFT])  # overlap 5 / 7
+    assert wide.is_hit[:, 0].tolist() == [True] * 5 + [False] * 5
+    assert average_precisions([match_boxes([], [LEFT])]).tolist() == [[0.0] * 10]
+    assert np.isnan(average_precisions([match_boxes([(0.9, LEFT)], [])])).all()
+
+
+def test_a_picture_that_counts_twice_is_as_two():
+    pictures, rng = random_pictures(7, 5), np.random.default_rng(0)
+    for one in (one for row in pictures for one in row["found"]):
+        one["score"] += rng.uniform(0, 0.01)  # no ties: among them the order decides
+    rows = [matches_of_row(row["categories"], row["boxes"], row["found"]) for row in pictures]
+    counts = np.array([[1, 1, 1, 1, 1], [2, 0, 1, 0, 2]], dtype=float)
+    once, drawn = mean_precisions(rows, counts)
+    assert once == pytest.approx(mean_precisions(rows)[0])
+    repeated = [row for row, count in zip(rows, counts[1], strict=True) for _ in range(int(count))]
+    assert drawn == pytest.approx(mean_precisions(repeated)[0])
+
+
+def row(layout, kind, similar, found=(LEFT, RIGHT), number=0, truth=True):
+    """Two objects; `similar` is the table of cosines of the painted picture."""
+    seen = [{"category": name, "score": 0.9, "box": box} for name, box in zip(("dog", "cup"), found, strict=False)]
+    best = {"found": [{"category": "dog", "score": 1.0, "box": LEFT}, {"category": "cup", "score": 1.0, "box": RIGHT}]}
+    return {
+        "layout": layout, "round": number, "kind": kind, "categories": ["dog", "cup"], "boxes": [LEFT, RIGHT],
+        "found": seen, "cosines": {"dino": similar},
+        "truth": {**best, "cosines": {"dino": [[0.9, 0.1], [0.2, 0.8]]}} if truth else None,
+        "rivals": {"found": [], "cosines": {"dino": [[0.4, 0.0], [0.0, 0.2]]}} if truth else None,
+    }  # fmt: skip
+
+
+def test_metrics_by_hand():
+    rows = [
+        row("a", "seen", [[0.8, 0.3], [0.1, 0.6]]),
+        row("a", "seen", [[0.6, 0.3], [0.1, 0.4]], number=1),
+        row("b", "unseen", [[0.2, 0.0], [0.4, 0.0]], found=(RIGHT, LEFT)),
+    ]
+    metrics = layout_metrics(rows)
+    expected = {
+        "ap50": 100 * 67 / 101,  # two of three dogs and cups, all with one score: precision 2 / 3 comes later
+        "dino.similarity": 100 * 2.6 / 6, "dino.leakage": 100 * 1.2 / 6, "dino.ceiling": 85.0, "dino.floor": 30.0,
+        "dino.true_leakage": 15.0, "ceiling.ap50": 100.0, "ceiling.ap": 100.0,
+        "seen.ap50": 100.0, "seen.dino.similarity": 60.0, "seen.dino.leakage": 20.0,
+        "unseen.ap50": 0.0, "unseen.dino.similarity": 10.0, "unseen.dino.leakage": 20.0,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
+    assert metrics["ap50.lo"] <= metrics["ap50"] <= metrics["ap50.hi"]
+    assert "unseen.ap50.lo" not in metrics  # one layout has no interval
+    bare = layout_metrics([row("a", "", [[0.8, 0.3], [0.1, 0.6]], truth=False)])
+    assert set(bare) == {"ap50", "ap", "dino.similarity", "dino.leakage"}
+
+
+# ---- layouts
+
+
+def facts(cases):
+    boxes = [[[round(edge * 64) for edge in item.box] for item in case.objects] for case in cases]
+    named = [[case.record.id, case.record.text, case.record.categories, case.record.kind] for case in cases]
+    return hashlib.sha256(
+        json.dumps([[*one, box] for one, box in zip(named, boxes, strict=True)]).encode()
+    ).hexdigest()
+
+
+def test_toybox_layouts_are_what_they_say():
+    cases = toybox_layouts(PRESETS["cpu"], "dev", 8)
+    assert [case.record.kind for case in cases] == ["seen", "unseen"] * 4
+    assert [len(case.objects) for case in cases] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert layouts_digest(cases) == layouts_digest(toybox_layouts(PRESETS["cpu"], "dev", 8))
+    for case in cases:
+        boxes = [item.box for item in case.objects]
+        pairs = [(one, two) for number, one in enumerate(boxes) for two in boxes[:number]]
+        assert all(overlap(*pair) <= LARGEST_OVERLAP for pair in pairs)
+        assert all(item.image.mode == "RGBA" and item.phrase in case.record.text for item in case.objects)
+        assert case.truth.size == case.rivals.size and case.truth.tobytes() != case.rivals.tobytes()
+        difference = np.abs(np.asarray(case.truth, dtype=int) - np.asarray(case.rivals, dtype=int)).max(-1)
+        for box in boxes:
+            difference[round(box[1] * 64) : round(box[3] * 64), round(box[0] * 64) : round(box[2] * 64)] = 0
+        assert difference.mean() < 2  # the same scene but for what is in the boxes, and their soft edges
+    with pytest.raises(ObjectComposeError, match="split"):
+        toybox_layouts(PRESETS["cpu"], "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [
+        ("dev", "6b04d01f7fd4165dff67a6f6b10aa3d4a8de5b48b0e8ae0f15efa3778e076a92"),
+        ("test", "92dbb83cce20735b0245c2f56a8fc0b48f032691710d484048a2dded80cd8e6c"),
+    ],
+)
+def test_lists_stay_what_they_are(split, digest):
+    assert facts(toybox_layouts(PRESETS["cpu"], split)) == digest
+
+
+def test_layouts_from_files(tmp_path):
+    dog = SceneObject(phrase="dog", image=picture("red"), box=LEFT)
+    save_layout(
+        Layout("a dog and a dog", (dog, SceneObject(phrase="dog", image=picture("blue"), box=RIGHT))),
+        tmp_path / "b.json",
+    )
+    save_layout(Layout("a dog", (dog,)), tmp_path / "a.json")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
+    cases = file_layouts(tmp_path)
+    assert [case.record.id for case in cases] == ["a", "b"]
+    assert cases[0].truth is None and cases[1].truth.size == (20, 20) and cases[1].rivals is None
+    assert cases[1].record.categories == ("dog",) and len(cases[1].objects) == 2
+    assert layouts_digest(cases) != layouts_digest(cases[:1])
+    save_layout(Layout("a dog", (SceneObject(phrase="dog", box=LEFT),)), tmp_path / "c.json")
+    with pytest.raises(LayoutError, match="lacks image"):
+        file_layouts(tmp_path)
+    with pytest.raises(LayoutError, match="got none"):
+        file_layouts(tmp_path / "empty")
+
+
+def test_crops_and_encoders():
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste("red", (32, 8, 64, 24))
+    crop = crop_of_box(image, (0.5, 0.25, 1.0, 0.75))
+    assert crop.size == (32, 16) and crop.getcolors() == [(512, (255, 0, 0))]
+    assert crop_of_box(image, (0.999, 0.999, 1.0, 1.0)).size == (1, 1)
+    cases = toybox_layouts(PRESETS["cpu"], "dev", 8)[2:]
+    for encoder in toybox_encoders("cpu"):
+        own, others = [], []
+        for case in cases:
+            crops = [crop_of_box(case.truth, item.box) for item in case.objects]
+            table = encoder.cosines(crops, [item.image for item in case.objects])
+            assert encoder.cosines(crops, crops).diagonal().tolist() == pytest.approx([1.0] * len(crops), abs=1e-5)
+            is_own = torch.eye(len(crops), dtype=torch.bool)
+            own += table[is_own].tolist()
+            others += table[~is_own].tolist()
+        # in a tight crop a neighbour may show, which disturbs the judge least
+        assert np.mean(own) > 0.8 and np.mean(others) < 0.4, encoder.name
+        assert encoder.name != "identity" or min(own) > 0.75
+
+
+# ---- the command
+
+
+def run(out, *more):
+    return main(["evaluate", "layout", "--out", str(out), "--split", "dev", "--steps", "1", *more])
+
+
+def report(out):
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def test_true_scenes_reach_their_ceiling(tmp_path, capsys):
+    few = ("--max-prompts", "4")
+    assert run(tmp_path, *few, "--only", "generate") == 0
+    for case in toybox_layouts(PRESETS["cpu"], "dev", 4):
+        case.truth.save(tmp_path / "pictures" / f"{case.record.id}_0.png")
+    assert run(tmp_path, *few, "--only", "score") == 0
+    metrics = report(tmp_path)["metrics"]
+    for name in ("ap", "ap50"):
+        assert metrics[name] == metrics[f"ceiling.{name}"] > 50
+    for encoder in ("identity", "clip_i", "dino"):
+        assert metrics[f"{encoder}.similarity"] == pytest.approx(metrics[f"{encoder}.ceiling"])
+        assert metrics[f"{encoder}.ceiling"] > metrics[f"{encoder}.floor"]
+    [log] = (tmp_path / "measures").rglob("*.jsonl")
+    before = log.read_text(encoding="utf-8")
+    assert run(tmp_path, *few, "--only", "score") == 0  # nothing is looked at twice
+    assert log.read_text(encoding="utf-8") == before and report(tmp_path)["metrics"] == metrics
+    log.write_text(before[:-20], encoding="utf-8")  # torn by a kill
+    assert run(tmp_path, *few, "--only", "score") == 0
+    assert report(tmp_path)["metrics"] == metrics
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert layout_metrics(rows) == metrics
+    assert run(tmp_path, "--max-prompts", "3", "--only", "score") == 2
+    assert "other layouts" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_adapter_paints_its_layouts(tmp_path, capsys):
+    unet = UNet2DConditionModel.from_pretrained(toybox_path("base"), subfolder="unet")
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(toybox_path("image_encoder"))
+    LocRefAdapter.from_unet(unet, "toybox-1", encoder).save_pretrained(tmp_path / "adapter")
+    few = ("--max-prompts", "3", "--rounds", "2")
+    assert run(tmp_path / "plain", *few) == 0
+    assert run(tmp_path / "locref", *few, "--adapter", str(tmp_path / "adapter")) == 0
+    plain, ours = report(tmp_path / "plain"), report(tmp_path / "locref")
+    assert plain["num_rows"] == ours["num_rows"] == 6
+    assert plain["metrics"]["ceiling.ap"] == ours["metrics"]["ceiling.ap"]
+    assert plain["metrics"]["dino.similarity"] != ours["metrics"]["dino.similarity"]
+    assert "the prompt alone" in plain["protocol"] and "locref" in ours["protocol"]
+    config = json.loads((tmp_path / "adapter/config.json").read_text(encoding="utf-8"))
+    config["base_fingerprint"] = "0" * len(config["base_fingerprint"])
+    (tmp_path / "adapter/config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert run(tmp_path / "other", *few, "--adapter", str(tmp_path / "adapter")) == 2
+    assert "made for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-prompts", "0"], "--max-prompts"),
+        (["--model", "somewhere"], "--layouts"),
+        (["--layouts", "nowhere"], "got none"),
+        (["--max-prompts", "1", "--only", "score"], "missing"),
+        (["--max-prompts", "1", "--detector-model", "x"], "detector_model"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input(tmp_path, capsys, more, message):
+    assert run(tmp_path, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_adapter_that_is_not_there(tmp_path):
+    import argparse
+
+    from objectcompose.evaluation.layout import add_arguments
+    from objectcompose.evaluation.layout import main as layout_main
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    wanted = ["--out", str(tmp_path), "--max-prompts", "1", "--only", "generate", "--adapter", str(tmp_path / "none")]
+    with pytest.raises(CheckpointError):
+        layout_main(parser.parse_args(wanted))
