@@ -3,8 +3,8 @@
 Cells that attend alike belong together: the averaged self-attention of a small grid is clustered, each cluster goes to
 the subject whose cross-attention covers it best, or to the background. Pure functions and a small running mean.
 
-Clustering is a k-means of our own: a few hundred vectors, seeded, with k-means++ starts, so that the same maps give the
-same masks on every machine that rounds alike.
+Clustering is a k-means of our own: a few hundred vectors, seeded, with k-means++ starts, so that the same maps give
+the same masks on every machine that rounds alike.
 """
 
 from __future__ import annotations

@@ -245,8 +245,8 @@ def _report(
         f"Object sets of toybox ({args.split}): {len(sets)} sets, {args.rounds} pictures each, guidance"
         f" {_guidance_of(manifest)}. Segments by the judge, paired with prompts by DINO cosines without a threshold;"
         " cosines are means over prompts, 0 where none is left. Shares in per cent. Accepted pairs and copies from a"
-        f" cosine of {SIMILARITY_THRESHOLD:g}. Rotation and flip only where an outline tells them. 95 % bootstrap intervals over"
-        " sets.",
+        f" cosine of {SIMILARITY_THRESHOLD:g}. Rotation and flip only where an outline tells them. 95 % bootstrap"
+        " intervals over sets.",
         rows,
         {"painted_with": manifest, "scorer": scorer.identity()},
     )

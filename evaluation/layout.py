@@ -79,8 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layout")
     group.add_argument("--layouts", type=Path, metavar="DIR", help="layout files; default: toybox's")
     group.add_argument("--split", choices=tuple(LAYOUTS), default="test", help="of toybox's layouts (%(default)s)")
-    group.add_argument("--pipeline", choices=("locref",), default="locref", help="whose objects have boxes and images")
-    group.add_argument("--adapter", help="its folder or Hub id; default: none, the prompt alone is painted")
+    group.add_argument("--adapter", help="LocRef's, a folder or Hub id; default: none, the prompt alone is painted")
     group.add_argument("--image-encoder", help="folder or Hub id; default: the model's own, or toybox's")
     group = parser.add_argument_group("scoring")
     group.add_argument("--detector", choices=PRESENCE_DETECTORS, help="default: judge on toybox, else owlv2")
@@ -147,7 +146,7 @@ def _paint(args: argparse.Namespace, cases: Sequence[LayoutCase], place: str, st
     objects = {case.record.id: list(case.objects) for case in cases}
     steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
     has_adapter = args.adapter is not None
-    method = args.pipeline if has_adapter else "token-compose"  # without objects it is the plain pipeline
+    method = "locref" if has_adapter else "token-compose"  # without objects it is the plain pipeline
     encoder = args.image_encoder if has_adapter else None
     paint_records(
         load_evaluated(args, place, method, adapter=args.adapter, image_encoder=encoder),
@@ -185,7 +184,7 @@ def _facts(case: LayoutCase, round_number: int) -> dict[str, Any]:
 
 def _protocol(args: argparse.Namespace, cases: Sequence[LayoutCase], measures: _Measures) -> str:
     source = f"toybox {args.split}" if args.layouts is None else args.layouts.name
-    painted = "the prompt alone" if args.adapter is None else args.pipeline
+    painted = "the prompt alone" if args.adapter is None else "LocRef"
     return (
         f"{PROTOCOL} {len(cases)} layouts ({source}), {args.rounds} pictures each, painted by {painted}; detector"
         f" {measures.detector.name}."

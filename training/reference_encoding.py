@@ -160,7 +160,9 @@ def stack_references(
     scenes = []
     for sample in samples:
         objects = [SceneObject(box=box) for box in sample.boxes.tolist()]
-        scenes.append(ReferenceScene(objects, reference_regions(objects, (sample.moments.shape[-2], sample.moments.shape[-1]))))
+        scenes.append(
+            ReferenceScene(objects, reference_regions(objects, (sample.moments.shape[-2], sample.moments.shape[-1])))
+        )
     pad = torch.nn.utils.rnn.pad_sequence
     references = pad([sample.references for sample in samples], batch_first=True).to(device)
     composites = [sample.composite for sample in samples if sample.composite is not None]

@@ -88,7 +88,9 @@ class ToyboxReferences:
         seen = [number for number, share in enumerate(shares.tolist()) if share >= _LEAST_VISIBLE]
         views = reference_views(self.preset, [spec.identities[number] for number in seen], rng)
         objects = [
-            SceneObject(phrase=spec.identities[number].category, image=view, box=tuple(scene.boxes[0, number].tolist()))
+            SceneObject(
+                phrase=spec.identities[number].category, image=view, box=tuple(scene.boxes[0, number].tolist())
+            )
             for number, view in zip(seen, views, strict=True)
         ]
         return ReferenceSample(scene.pixels[0] * 2 - 1, spec.caption, tuple(objects))

@@ -127,9 +127,7 @@ def check_arguments(args: argparse.Namespace) -> ConditionOptions:
     if not 0 <= args.key_side_share <= 1:
         raise ObjectComposeError(f"`key_side_share` must be in [0, 1], got {args.key_side_share}.")
     if args.value_init == "zero" and args.ip_adapter_plus is not None:
-        raise ObjectComposeError(
-            "`value_init` must be 'text' with `ip_adapter_plus`, which brings its own, got 'zero'."
-        )
+        raise ObjectComposeError("`value_init` must not be 'zero' with `ip_adapter_plus`, which has values.")
     for name, least in (("prompt_views", 1), ("num_tokens", 1), ("resampler_depth", 1), ("validation_scenes", 0)):
         if getattr(args, name) < least:
             raise ObjectComposeError(f"`{name}` must be at least {least}, got {getattr(args, name)}.")

@@ -73,7 +73,7 @@ def silence_channels(vae: Any, pixels: torch.Tensor, tolerance: float = 0.1) -> 
 
 @torch.no_grad()
 def standardise_latents(vae: Any, pixels: torch.Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1 (silent ones stay 0), folded into the 1x1 convolutions, in place.
+    """Give every latent channel mean 0 and deviation 1 (silent ones stay 0), folded into 1x1 convolutions, in place.
 
     Reconstructions stay what they were. Without it one global factor leaves channels ten times fainter than others,
     which drown in the diffusion's noise.

@@ -12,8 +12,8 @@ from objectcompose.pipelines.token_utils import find_phrases
 
 
 ATTEND_AND_EXCITE = "attend_and_excite"
-#: (grid of the maps, step size, thresholds): what the dev split chooses from. The authors read maps of a quarter of the
-#: latents' sides and ask for 0.05, 0.5 and 0.8 at the first step and after a fifth and two fifths of them.
+#: (grid of the maps, step size, thresholds): what the dev split chooses from. The authors read maps of a quarter of
+#: the latents' sides and ask for 0.05, 0.5 and 0.8 at the first step and after a fifth and two fifths of them.
 SETTINGS = ((4, 20, (0.05, 0.5, 0.8)), (8, 20, (0.05, 0.5, 0.8)), (8, 5, (0.05, 0.2, 0.4)))
 STEPS = 20
 

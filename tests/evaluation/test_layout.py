@@ -293,7 +293,7 @@ def test_adapter_paints_its_layouts(tmp_path, capsys):
     assert plain["num_rows"] == ours["num_rows"] == 6
     assert plain["metrics"]["ceiling.ap"] == ours["metrics"]["ceiling.ap"]
     assert plain["metrics"]["dino.similarity"] != ours["metrics"]["dino.similarity"]
-    assert "the prompt alone" in plain["protocol"] and "locref" in ours["protocol"]
+    assert "the prompt alone" in plain["protocol"] and "LocRef" in ours["protocol"]
     config = json.loads((tmp_path / "adapter/config.json").read_text(encoding="utf-8"))
     config["base_fingerprint"] = "0" * len(config["base_fingerprint"])
     (tmp_path / "adapter/config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -73,6 +73,7 @@ def test_bad_input_before_any_step(base, data, tmp_path):
     for more, error, match in (
         (["--key_side_share", "2"], ObjectComposeError, "key_side_share"),
         (["--prompt_views", "0"], ObjectComposeError, "prompt_views"),
+        (["--value_init", "zero", "--ip_adapter_plus", "x.safetensors"], ObjectComposeError, "value_init"),
         (["--num_tokens", "0"], ObjectComposeError, "num_tokens"),
         (["--drop_text", "1"], ObjectComposeError, "drop_text"),
         (["--learning_rate", "nan"], ObjectComposeError, "learning_rate"),
@@ -101,6 +102,25 @@ def test_pictures_without_any_object_are_refused(base, tmp_path):
     write_records(tmp_path / "set", [("000", picture, "a dog", [("dog", torch.ones(32, 32))])])
     with pytest.raises(LayoutError, match="cut out"):
         train_object_prompt.main(arguments(base, tmp_path / "set", tmp_path / "out"))
+
+
+def test_values_from_zero_start_as_the_base(base):
+    """And learn: their gradient is not 0."""
+    args = train_object_prompt.create_parser().parse_args(["--toybox_scenes", "1", "--value_init", "zero"])
+    pipeline = ObjectPromptPipeline.from_pretrained(base)
+    pipeline.register_modules(adapter=train_object_prompt.make_adapter(args, pipeline))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def paint(**more):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a dog", num_inference_steps=2, output_type="pt", generator=generator, **more).images
+
+    assert torch.allclose(paint(objects=[{"image": object_picture(1)}]), paint(), atol=1e-5)
+    embeds, grid = torch.randn(1, 1, 13), torch.randn(1, 1, 10, 10)
+    key, value = pipeline.adapter(embeds, grid)["mid_block.attentions.0.transformer_blocks.0.attn2"]
+    value.sum().backward()
+    name = "mid_block-attentions-0-transformer_blocks-0-attn2"
+    assert key.any() and not value.any() and pipeline.adapter.projections.value_maps[name].weight.grad.any()
 
 
 @pytest.mark.slow
