@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(PY) -P -m objectcompose.examples.demo
 
 test: $(STAMP)  ## fast tier, at most 3 minutes
-	$(PY) -P -m pytest -q -m "not slow and not gpu"
+	$(PY) -P -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP)
 	$(PY) -P -m pytest -q -m "slow and not gpu"
