@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -20,6 +20,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.errors import CheckpointError
 from objectcompose.evaluation import toybox_figures
 from objectcompose.toybox.categories import PRESETS
@@ -28,6 +29,7 @@ from objectcompose.toybox.models import build_vae
 from objectcompose.toybox.scenes import render_references
 from objectcompose.toybox.weights import ENVIRONMENT_VARIABLE, toybox_path
 from objectcompose.training import train_toybox, train_toybox_base, train_toybox_vae
+from objectcompose.training.export import DELTA_NAME
 from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit
 
@@ -285,3 +287,13 @@ def test_committed_base_paints():
     pipeline.set_progress_bar_config(disable=True)
     images = toybox_figures.paint(pipeline, ["a photo of a dog", "a photo of a car"], [0, 1])
     assert images.isfinite().all() and images.shape[:2] == (2, 3) and images.std() > 0.02
+
+
+def test_the_committed_tuning_fits_the_committed_base():
+    unet = UNet2DConditionModel.from_pretrained(committed("base"), subfolder="unet", dtype=torch.float32)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    tuning = UNetDelta.load(committed("tokencompose") / DELTA_NAME)
+    tuning.attach(unet)
+    assert any(not torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    tuning.detach(unet)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
