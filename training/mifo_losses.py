@@ -235,6 +235,7 @@ class MIFOLosses:
                 found["prior"] = F.mse_loss(predicted[: len(draws)], target[: len(draws)])
                 total = total + self.options.prior_weight * found["prior"]
             if probes:
+                probe.hold()  # the backward pass may run the blocks again
                 attention, found["inside"] = self._attention(draws, samples, tokens, probe.maps, timesteps[own])
                 found["attention"] = attention
                 total = total + attention

@@ -231,6 +231,7 @@ class SeparateEnhanceLosses:
             text = torch.stack([self._text(prompt.text) for prompt in prompts]).to(device)
             with self.autocast():
                 run_until(self.unet, self.layers, noisy, timesteps, text)
+            probe.hold()  # the backward pass may run the blocks again
             maps = mean_object_maps(probe.maps, owners)
             losses["separate"] = separate_loss(maps, options.sep_reduce, options.sep_pixel)
             losses["enhance"] = enhance_loss(maps, self.grid, options.sigma)

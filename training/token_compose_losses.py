@@ -103,6 +103,7 @@ class TokenComposeLosses:
             zero = torch.zeros((), device=device)
             losses |= {"token": zero, "pixel": zero}
             if is_grounded:
+                probes[0].hold()  # the backward pass may run the blocks again
                 maps, owners = probes[0].maps, targets.owners.to(device)
                 losses["token"] = token_loss(maps, targets.masks, owners, head_mode=self.options.head_mode)
                 losses["pixel"] = pixel_loss(maps, targets.masks, owners, pixel_sum=self.options.pixel_sum)

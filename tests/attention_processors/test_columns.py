@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from objectcompose.attention_processors.columns import softmax_columns
+from objectcompose.attention_processors.install import use_parts
+from objectcompose.attention_processors.probe import TokenMapProbe
+from tests.tiny import tiny_unet
 
 
 INDICES = torch.tensor([[0, 3, 3], [6, 1, 0]])  # a position may come twice
@@ -67,3 +70,20 @@ def test_nothing_as_large_as_the_table_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
         softmax_columns(query, key, INDICES, 0.7)
     assert kept and (2, 3, 5, 7) not in {tuple(shape) for shape in kept}
+
+
+def test_held_maps_survive_the_second_run_of_a_checkpointed_block():
+    """A backward pass through checkpointed blocks measures again; what is held stays the first run's."""
+    unet = tiny_unet().train()
+    unet.enable_gradient_checkpointing()
+    probe = TokenMapProbe([1, 2], head_mean=False)
+    inputs = torch.randn(1, 4, 16, 16), 5, torch.randn(1, 7, unet.config.cross_attention_dim)
+    for is_held in (True, False):
+        with use_parts(unet, [probe]):
+            loss = unet(*inputs).sample.square().mean() + sum(maps.sum() for maps in probe.maps.values())
+            if is_held:
+                probe.hold()
+            first = {name: id(maps) for name, maps in probe.maps.items()}
+            loss.backward()
+        assert ({name: id(maps) for name, maps in probe.maps.items()} == first) is is_held
+        probe.clear()

@@ -5146,10 +5146,20 @@ class TokenMapProbe:
         self.head_mean = head_mean
         self.rows = rows
         self.maps: "dict[str, torch.Tensor]" = {}
+        self._is_held = False
 
     def clear(self) -> "None":
         """Forget what was measured, and the graph behind it."""
         self.maps.clear()
+        self._is_held = False
+
+    def hold(self) -> "None":
+        """Keep what was measured until it is cleared, whatever the layers compute from now on.
+
+        For training with gradient checkpointing: the backward pass runs every block again, and maps of that second run
+        would keep its graph, with all that a checkpoint was to save, alive.
+        """
+        self._is_held = True
 
     def measure(self, call: "AttentionCall") -> "None":
         """Store this call's columns.
@@ -5178,7 +5188,9 @@ class TokenMapProbe:
                 maps = torch.where(sees_any, maps, torch.zeros_like(maps))
             if self._has_padding:
                 maps = maps * self._is_token[:, None, None, :]
-            self.maps[call.name] = maps.mean(1) if self.head_mean else maps
+            maps = maps.mean(1) if self.head_mean else maps
+        if not self._is_held:  # computed all the same: a checkpoint wants the same operations again
+            self.maps[call.name] = maps
 
 
 class RegionMassProbe:
