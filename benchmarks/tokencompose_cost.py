@@ -36,13 +36,14 @@ MEMORY_REPEATS = 1  # repeats differ by less than 0.1 %
 #: Separate-and-Enhance reads the 16 x 16 maps, the last of them in `up_blocks.1`.
 SEPARATE_ENHANCE_LAYERS = r"(down_blocks\.2|up_blocks\.1)\..*attn2$"
 PROTOCOL = (
-    "SD1-shaped UNet at 64x64 latents, float32, random weights. Inference: 4 DDIM steps with guidance to latents, from"
-    " given text states, width 40, TokenComposePipeline beside StableDiffusionPipeline on the same components."
+    "SD1-shaped UNet at 64x64 latents, float32, random weights. Inference: 4 DDIM steps with guidance to latents,"
+    " from given text states, width 40, TokenComposePipeline beside StableDiffusionPipeline on the same components."
     " Training: one sample with 3 nouns (4 tokens), forward and backward with gradient checkpointing, gradients for"
     " the whole UNet, then AdamW; L_LDM + 1e-3 L_token + 5e-5 L_pixel in the 10 layers of middle and decoder, beside"
-    " L_LDM alone; width 40. Sides alternated. Memory: peak of forward and backward above weights and gradients,"
-    " at full width (320, text 768), each in a fresh process, over the same with L_LDM alone. FLOPs: forward and backward to the keys of Separate-and-Enhance's pass, left after up_blocks.1, over"
-    " those of the denoising loss; width 40."
+    " L_LDM alone; width 40. Sides alternated. Memory: peak of forward and backward above weights and gradients, at"
+    " full width (320, text 768), each in a fresh process, over the same with L_LDM alone. FLOPs: forward and"
+    " backward to the keys of Separate-and-Enhance's pass, left after up_blocks.1, over those of the denoising loss;"
+    " width 40."
 )
 
 
