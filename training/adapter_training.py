@@ -15,10 +15,10 @@ from objectcompose.adapters.folders import folder_saved_whole
 from objectcompose.adapters.model_card import write_model_card
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.pipelines.reference_images import encoder_side
-from objectcompose.training.common import start_training
 from objectcompose.training.denoising import check_prediction_type
 from objectcompose.training.export import add_card_arguments, card_of_run
 from objectcompose.training.loop import Draw, LossDict, add_loop_arguments, loop_options, run_loop
+from objectcompose.training.runs import TrainingRun, start_run
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,21 @@ class AdapterTraining:
 
     Attributes:
         args: as parsed.
-        accelerator: of the run.
+        run: that has begun.
         pipeline: the method's, with base, image encoder and adapter; only the adapter is in training, the rest is
             frozen, in float32.
         scheduler: adds noise as the base was trained with it.
     """
 
     args: argparse.Namespace
-    accelerator: Accelerator
+    run: TrainingRun
     pipeline: Any
     scheduler: DDPMScheduler
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of the run."""
+        return self.run.accelerator
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser, **loop: Any) -> None:
@@ -51,12 +56,18 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, **loop: Any) -> None:
 
 
 def start_adapter_training(
-    args: argparse.Namespace, method: str, make_adapter: Callable[[Any], Any]
+    args: argparse.Namespace,
+    script: str,
+    argv: Sequence[str] | None,
+    method: str,
+    make_adapter: Callable[[Any], Any],
 ) -> AdapterTraining:
     """Load the base and put a new adapter beside it.
 
     Args:
         args: as parsed.
+        script: the module's name in `objectcompose.training`.
+        argv: what was parsed; None: `sys.argv`.
         method: the pipeline's name, as `generate --pipeline` has it.
         make_adapter: from the pipeline to the adapter that is trained.
 
@@ -64,22 +75,23 @@ def start_adapter_training(
         CheckpointError: the base or the image encoder cannot be loaded, or there is none.
         ObjectComposeError: an option is out of range.
     """
-    accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
-    pipeline = load_checkpoint(args.pretrained_model, str(accelerator.device), method, None, args.image_encoder)
+    run = start_run(args, script, argv)
+    device = run.accelerator.device
+    pipeline = load_checkpoint(args.pretrained_model, str(device), method, None, args.image_encoder)
     encoder_side(pipeline.image_encoder)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     check_prediction_type(scheduler)
     for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.image_encoder):
         frozen.requires_grad_(False).float().eval()
-    adapter = make_adapter(pipeline).to(accelerator.device).float().train()
+    adapter = make_adapter(pipeline).to(device).float().train()
     pipeline.register_modules(adapter=adapter)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-    return AdapterTraining(args, accelerator, pipeline, scheduler)
+    return AdapterTraining(args, run, pipeline, scheduler)
 
 
 def finish_adapter_training(
-    run: AdapterTraining,
+    training: AdapterTraining,
     losses_of_batch: Callable[[Sequence[Draw]], AbstractContextManager[LossDict]],
     dataset_size: int,
     title: str,
@@ -90,17 +102,27 @@ def finish_adapter_training(
     """Train, then write adapter and card into the output folder's `weights`.
 
     Args:
-        run: of `start_adapter_training`.
+        training: of `start_adapter_training`.
         losses_of_batch, dataset_size: see `run_loop`.
         title, summary, data: of the card.
         paint: makes the validation pictures of a step.
+
+    Raises:
+        CheckpointError: the output folder has checkpoints of another run.
     """
-    args, adapter = run.args, run.pipeline.adapter
+    args, adapter = training.args, training.pipeline.adapter
+    training.run.claim(args.output_dir)
     run_loop(
-        run.accelerator, dict(adapter.named_parameters()), losses_of_batch, dataset_size, loop_options(args), paint
+        training.accelerator,
+        dict(adapter.named_parameters()),
+        losses_of_batch,
+        dataset_size,
+        loop_options(args),
+        paint,
     )
-    if run.accelerator.is_main_process:
-        card = card_of_run(args, title, summary, data, base_model=args.pretrained_model or "toybox-1")
+    if training.accelerator.is_main_process:
+        base = args.pretrained_model or "toybox-1"
+        card = card_of_run(args, title, summary, data, base_model=base, command=training.run.command)
         with folder_saved_whole(args.output_dir / "weights", adapter.config_name) as folder:
             adapter.save_pretrained(folder)
             write_model_card(folder, card)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,10 +111,9 @@ def values_before(
 
 
 def card_of_run(
-    args: argparse.Namespace, title: str, summary: str, data: str, base_model: str, command: str | None = None
+    args: argparse.Namespace, title: str, summary: str, data: str, base_model: str, command: str
 ) -> ModelCardFacts:
-    """The card of a run, with its command; None: the one that is running now."""
-    script = Path(sys.argv[0]).stem
+    """The card of a run that `command` starts."""
     return ModelCardFacts(
         title=title,
         summary=summary,
@@ -126,6 +123,6 @@ def card_of_run(
         weights_license=args.weights_license,
         data=data,
         data_license=args.data_license,
-        command=command or f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:])}",
+        command=command,
         commit=current_commit(),
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,17 +17,10 @@ from diffusers.utils import make_image_grid
 from objectcompose.adapters.base_identity import BaseIdentity, identify_base
 from objectcompose.files import write_png
 from objectcompose.pipelines.generate import load_checkpoint
-from objectcompose.training.common import check_same_run, start_training
 from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
 from objectcompose.training.loop import Draw, LossDict, add_loop_arguments, loop_options, run_loop
+from objectcompose.training.runs import start_run
 from objectcompose.training.trainable import TrainModules, select_trainable
-
-
-#: What may change from one start of a run to the next: it decides how long it is, or what is left of it, not a step.
-_FREE_OPTIONS = frozenset({
-    "output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "validation_steps", "validation_prompts",
-    "report_to", "gradient_checkpointing", "delta_rank", "base_license", "data_license", "weights_license",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,12 +70,9 @@ def start_fine_tuning(args: argparse.Namespace, script: str, argv: Sequence[str]
         CheckpointError: the base cannot be loaded, or the output folder has checkpoints of another run.
         ObjectComposeError: an option is out of range.
     """
-    accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
-    settings = {name: value for name, value in vars(args).items() if name not in _FREE_OPTIONS}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    with accelerator.main_process_first():
-        check_same_run(args.output_dir, {"script": script, **plain})
-    pipeline = load_checkpoint(args.pretrained_model, str(accelerator.device))
+    run = start_run(args, script, argv)
+    run.claim(args.output_dir)
+    pipeline = load_checkpoint(args.pretrained_model, str(run.accelerator.device))
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False).float()
     made_for = identify_base(pipeline.unet, args.pretrained_model)
@@ -93,8 +81,7 @@ def start_fine_tuning(args: argparse.Namespace, script: str, argv: Sequence[str]
         pipeline.unet.enable_gradient_checkpointing()
     before = values_before(parameters, args.train_modules, args.delta_rank)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    command = f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    return FineTuning(args, command, accelerator, pipeline, parameters, scheduler, made_for, before)
+    return FineTuning(args, run.command, run.accelerator, pipeline, parameters, scheduler, made_for, before)
 
 
 def finish_fine_tuning(

@@ -32,7 +32,7 @@ from objectcompose.files import write_png
 from objectcompose.grounding.grounder import DETECTORS, SEGMENTERS, load_grounder
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.toybox.weights import toybox_path
-from objectcompose.training.common import start_training
+from objectcompose.training.common import run_script
 from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
 from objectcompose.training.fine_tuning import painter
 from objectcompose.training.loop import LoopOptions, add_loop_arguments, loop_options, run_loop
@@ -45,7 +45,15 @@ from objectcompose.training.mifo_losses import (
 )
 from objectcompose.training.mifo_scene import InstanceScene, make_scene, masks_of_phrases, scene_files
 from objectcompose.training.placeholders import Placeholders
+from objectcompose.training.runs import start_run
 from objectcompose.training.trainable import select_trainable
+
+
+#: What the first stage does not depend on.
+_STAGE2_OPTIONS = frozenset({
+    "stage2_steps", "stage2_learning_rate", "prior_weight", "class_prompt", "class_pictures", "class_steps",
+    "train_modules", "lora_rank",
+})  # fmt: skip
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -168,9 +176,10 @@ class Learning:
 
     Args:
         args: of `create_parser`.
+        argv: what was parsed; None: `sys.argv`.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
         self.args, self.options = args, loop_options(args)  # refuses bad numbers before anything is loaded
         named = {field.name: getattr(args, field.name) for field in fields(MIFOLossOptions)}
         self.loss_options = MIFOLossOptions(**{**named, "prior_weight": 0.0})
@@ -182,7 +191,8 @@ class Learning:
                 f"`stage2_steps` must be at least 0 and `class_pictures` at least 1, got {args.stage2_steps} and"
                 f" {args.class_pictures}."
             )
-        self.accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
+        run = start_run(args, "learn_mifo", argv)
+        self.accelerator, self.command = run.accelerator, run.command
         self.pipeline = load_checkpoint(args.pretrained_model, str(self.accelerator.device), pipeline="mifo")
         self.size = args.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.scene = load_scene(args, self.size)
@@ -194,6 +204,9 @@ class Learning:
         if args.gradient_checkpointing:
             self.pipeline.unet.enable_gradient_checkpointing()
         self.latents = SceneLatents(self.scene, self.pipeline.vae, args.sampling)
+        run.claim(args.output_dir / "stage1", free=_STAGE2_OPTIONS)
+        if args.stage2_steps:
+            run.claim(args.output_dir / "stage2", free=["stage2_steps"])
 
     def losses(self, stage: Any, options: MIFOLossOptions, prior: tuple[torch.Tensor, str] | None) -> MIFOLosses:
         """The losses of a stage."""
@@ -269,12 +282,13 @@ class Learning:
             f"Instances of one picture as placeholders of prompts: {names} (MIFO, arXiv 2511.00542).",
             f"one picture with {len(self.scene.masks)} masks",
             base_model=self.args.pretrained_model or "toybox-1",
+            command=self.command,
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    learning = Learning(create_parser().parse_args(argv))
+    learning = Learning(create_parser().parse_args(argv), argv)
     learning.stage1()
     if learning.args.stage2_steps:
         learning.stage2()
@@ -287,4 +301,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

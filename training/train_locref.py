@@ -31,6 +31,7 @@ from objectcompose.training.adapter_training import (
     start_adapter_training,
 )
 from objectcompose.training.boxed_pictures import BoxedPictures, read_coco, read_openimages
+from objectcompose.training.common import run_script
 from objectcompose.training.locref_losses import LocRefLosses, LocRefLossOptions
 from objectcompose.training.loop import loop_options
 from objectcompose.training.reference_augmentation import ReferenceAugmentation
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.reference_flip, args.reference_colour, args.reference_crop, args.reference_rotation, args.box_jitter
     )
     check_data_arguments(args)
-    run = start_adapter_training(args, "locref", lambda pipeline: make_adapter(args, pipeline))
+    run = start_adapter_training(args, "train_locref", argv, "locref", lambda pipeline: make_adapter(args, pipeline))
     pipeline = run.pipeline
     dataset = load_dataset(args, args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     if not 0 <= args.validation_scenes <= len(dataset):
@@ -227,4 +228,4 @@ def _source(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

@@ -32,6 +32,7 @@ from objectcompose.training.adapter_training import (
     start_adapter_training,
 )
 from objectcompose.training.caption_encoding import CaptionEncoder
+from objectcompose.training.common import run_script
 from objectcompose.training.grounded_captions import GroundedCaptions, read_records
 from objectcompose.training.loop import loop_options
 from objectcompose.training.object_prompt_data import CutOutScenes, ObjectFeatures, ObjectScenes, ToyboxScenes
@@ -219,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     args = create_parser().parse_args(argv)
     options = check_arguments(args)
-    run = start_adapter_training(args, "object-prompt", lambda pipeline: make_adapter(args, pipeline))
+    run = start_adapter_training(
+        args, "train_object_prompt", argv, "object-prompt", lambda pipeline: make_adapter(args, pipeline)
+    )
     pipeline = run.pipeline
     resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     with run.accelerator.main_process_first():  # who renders or reads first fills the caches
@@ -244,4 +247,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))
