@@ -10,11 +10,10 @@ size. What lies deeper in the decoder is not run in a guidance pass.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from objectcompose.attention_processors.install import attention_layers, match_layers, plain_unet
+from objectcompose.attention_processors.install import layer_levels, match_layers
 from objectcompose.attention_processors.regions import grids_of
 from objectcompose.errors import LayerNotFoundError
 
@@ -43,25 +42,6 @@ class ControlLayers:
         return [name for name in names if name in of_that_kind]
 
 
-def layer_levels(unet: Any) -> dict[str, int]:
-    """Level of every attention layer of middle and decoder; 0 is the finest grid, each next one half of it.
-
-    Raises:
-        LayerNotFoundError: the model has no layers with the names of a diffusers UNet.
-    """
-    depth = len(getattr(plain_unet(unet), "down_blocks", ()))
-    levels = {}
-    for name in attention_layers(unet):
-        decoder = re.match(r"up_blocks\.(\d+)\.", name)
-        if decoder is not None:
-            levels[name] = depth - 1 - int(decoder[1])
-        elif name.startswith("mid_block."):
-            levels[name] = depth - 1
-    if not any(name.startswith("up_blocks.") for name in levels):
-        raise LayerNotFoundError("box control needs a UNet with attention in `up_blocks`, got a model without.")
-    return levels
-
-
 def control_layers(unet: Any, canvas: tuple[int, int]) -> ControlLayers:
     """The layers for latents of a size.
 
@@ -72,8 +52,10 @@ def control_layers(unet: Any, canvas: tuple[int, int]) -> ControlLayers:
     Raises:
         LayerNotFoundError: the model has no decoder layers with attention.
     """
-    levels = layer_levels(unet)
+    levels = {name: level for name, level in layer_levels(unet).items() if not name.startswith("down_blocks.")}
     in_decoder = sorted({level for name, level in levels.items() if name.startswith("up_blocks.")}, reverse=True)
+    if not in_decoder:
+        raise LayerNotFoundError("box control needs a UNet with attention in `up_blocks`, got a model without.")
     grids = grids_of(*canvas, max(levels.values()) + 1)
     # Coarser levels come first, so of two equally near ones the cheaper is taken.
     chosen = min(in_decoder, key=lambda level: round(abs(math.log2(min(grids[level]) / MAP_GRID_SIDE)), 6))

@@ -111,7 +111,7 @@ class Branch:
             raise LayerNotFoundError(f"`keys_values` of a branch lacks the layers {missing} that `layers` chooses.")
 
     def prepare(self, num_tokens: int, device: torch.device | str) -> None:
-        """Build what one grid needs ahead of the first call, as before `torch.compile`."""
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
         self._grid(num_tokens, torch.device(device))
 
     def coverage(self, num_tokens: int, device: torch.device | str) -> torch.Tensor | None:
@@ -138,19 +138,19 @@ class Branch:
             inside = torch.where(coverage > 0, own * (1 - coverage) + inside * coverage, own)
         return self._write_rows(attended, inside.to(attended.dtype))
 
-    def refuse_overlap(self, replacing: Sequence[Any], call: AttentionCall) -> None:
-        """Refuse two replacing branches on one cell of this call's grid (PartConflictError); checked once per grid.
+    def refuse_overlap(self, replacing: Sequence[Any], batch_size: int, num_tokens: int, device: torch.device) -> None:
+        """Refuse two replacing branches on one cell of a grid (PartConflictError); checked once per grid.
 
-        Not checked while compiling, since it reads values: run once eagerly, or call `check_replacing_branches`.
+        Not while compiling, since it reads values: `compiled.prepare_parts` checks it before.
         """
         if torch.compiler.is_compiling():
             return
-        grids = [branch.coverage(call.num_tokens, call.query.device) for branch in replacing]
-        known = self._conflicts_checked.get(call.num_tokens)
+        grids = [branch.coverage(num_tokens, device) for branch in replacing]
+        known = self._conflicts_checked.get(num_tokens)
         if known is not None and len(known) == len(grids) and all(a is b for a, b in zip(known, grids, strict=True)):
             return
-        check_replacing_branches(replacing, call.num_tokens, call.batch_size, call.query.device)
-        self._conflicts_checked[call.num_tokens] = grids
+        check_replacing_branches(replacing, num_tokens, batch_size, device)
+        self._conflicts_checked[num_tokens] = grids
 
     def _write_rows(self, attended: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         if self.rows is None:

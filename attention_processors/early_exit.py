@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from objectcompose.attention_processors.compiled import is_compiled, prepare_parts
 from objectcompose.attention_processors.install import match_layers, plain_unet
 
 
@@ -25,9 +26,9 @@ def can_leave_early(unet: Any) -> bool:
     Not with `torch.compile` (whole or by block), wrappers for several devices, or hooks that move weights back after
     each layer (sequential and group offloading); `enable_model_cpu_offload` is no obstacle.
     """
-    if hasattr(unet, "_orig_mod") or isinstance(unet, torch.nn.parallel.DistributedDataParallel):
+    if is_compiled(unet) or isinstance(unet, torch.nn.parallel.DistributedDataParallel):
         return False
-    return not any(_is_compiled(module) or _offloads_by_layer(module) for module in unet.modules())
+    return not any(_offloads_by_layer(module) for module in unet.modules())
 
 
 def run_until(unet: Any, last_layers: str | Sequence[str], *args: Any, **kwargs: Any) -> None:
@@ -47,6 +48,7 @@ def run_until(unet: Any, last_layers: str | Sequence[str], *args: Any, **kwargs:
     """
     names = match_layers(unet, last_layers)
     if not can_leave_early(unet):
+        prepare_parts(unet, args[0] if args else kwargs["sample"])
         unet(*args, **kwargs)
         return
     modules = {_exit_module_name(unet, name) for name in names}
@@ -89,10 +91,6 @@ def _exit_module_name(unet: Any, layer: str) -> str:
         if getattr(model.get_submodule(name), "gradient_checkpointing", None) is not None:
             return name if model.get_submodule(name).gradient_checkpointing else layer
     return layer
-
-
-def _is_compiled(module: Any) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _offloads_by_layer(module: Any) -> bool:

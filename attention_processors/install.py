@@ -49,6 +49,19 @@ def attention_layers(unet: Any) -> dict[str, Any]:
     return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
 
 
+def layer_levels(unet: Any) -> dict[str, int]:
+    """Level of every attention layer of a diffusers UNet: 0 is the grid of the latents, each next one half of it."""
+    depth = len(getattr(plain_unet(unet), "down_blocks", ()))
+    levels = {}
+    for name in attention_layers(unet):
+        block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+        if block is not None:
+            levels[name] = int(block[2]) if block[1] == "down" else depth - 1 - int(block[2])
+        elif name.startswith("mid_block."):
+            levels[name] = depth - 1
+    return levels
+
+
 def match_layers(unet: Any, layers: str | Sequence[str], kind: Literal["self", "cross"] | None = None) -> list[str]:
     """Names of the attention layers that `layers` chooses.
 

@@ -17,6 +17,10 @@ import torch
 from objectcompose.errors import PartConflictError, RegionError
 
 
+#: Of the largest grid for which a table of all pairs of cells may be built.
+MAX_DENSE_CELLS = 1024
+
+
 def region_weights(regions: Any, num_tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
     """Regions on the grid that has `num_tokens` cells, flattened.
 
@@ -143,6 +147,11 @@ class KeyMask:
         self.layers = layers
         self.rows = rows
 
+    def prepare(self, num_tokens: int, device: torch.device | str) -> None:
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        if hasattr(self.visible, "at_tokens"):
+            self.visible.at_tokens(num_tokens, torch.device(device))
+
     def table(self, batch_size: int, num_tokens: int, num_keys: int, device: torch.device) -> torch.Tensor:
         """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
 
@@ -206,20 +215,20 @@ class RegionKeyMask:
         self._regions = regions
         self._grouped = {}
 
+    def prepare(self, num_tokens: int, device: torch.device | str) -> None:
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        for group in self._groups_of_grid(num_tokens):
+            group.plan(torch.device(device))
+            if num_tokens <= MAX_DENSE_CELLS:
+                group.dense(device)
+
     def groups(self, batch_size: int, num_tokens: int) -> list[GroupedVisibility | None]:
         """Per batch row what its queries see; None where this mask says nothing.
 
         Raises:
             RegionError: the regions do not fit the grid or the batch.
         """
-        if num_tokens not in self._grouped:
-            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
-            contents = [row.numpy().tobytes() for row in members]
-            distinct = dict(zip(contents, members, strict=True))
-            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
-            self._grouped[num_tokens] = [built[content] for content in contents]
-        grouped = self._grouped[num_tokens]
+        grouped = self._groups_of_grid(num_tokens)
         chosen = rows_of_batch(self.rows, batch_size)
         if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
             raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
@@ -227,6 +236,17 @@ class RegionKeyMask:
         for position, row in enumerate(chosen):
             per_row[row] = grouped[position % len(grouped)]
         return per_row
+
+    def _groups_of_grid(self, num_tokens: int) -> list[GroupedVisibility]:
+        """One entry per row of the regions."""
+        if num_tokens not in self._grouped:
+            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
+        return self._grouped[num_tokens]
 
 
 def intersect_row_groups(

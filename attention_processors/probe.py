@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from objectcompose.attention_processors.columns import softmax_columns
-from objectcompose.attention_processors.mask import region_weights
+from objectcompose.attention_processors.mask import MAX_DENSE_CELLS, region_weights
 from objectcompose.attention_processors.processor import AttentionCall
 from objectcompose.errors import ObjectComposeError, PromptTooLongError, RegionError
 
@@ -176,12 +176,16 @@ class RegionMassProbe:
             pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
         self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
+    def prepare(self, num_tokens: int, device: torch.device | str) -> None:
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        device = torch.device(device)
+        if (num_tokens, device) not in self._indicators:
+            weights = region_weights(self._regions, num_tokens, device)  # (rows | 1, R, K)
+            self._indicators[num_tokens, device] = weights.transpose(1, 2)[:, None]
+
     def _values(self, call: AttentionCall) -> torch.Tensor:
-        num_keys, device = call.key.shape[2], call.query.device
-        if (num_keys, device) not in self._indicators:
-            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
-            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
-        values = self._indicators[num_keys, device]
+        self.prepare(call.num_tokens, call.query.device)
+        values = self._indicators[call.num_tokens, call.query.device]
         if values.shape[0] not in (1, call.batch_size):
             raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
         return values
@@ -205,7 +209,7 @@ class CellMapProbe:
     kind = "probe"
     attention = "self"
 
-    def __init__(self, layers: str | Sequence[str], rows: slice | None = None, max_cells: int = 1024):
+    def __init__(self, layers: str | Sequence[str], rows: slice | None = None, max_cells: int = MAX_DENSE_CELLS):
         self.layers = layers
         self.rows = rows
         self.max_cells = max_cells

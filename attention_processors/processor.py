@@ -145,14 +145,19 @@ class AttentionCall:
 
     def _attend_groups(self, value: torch.Tensor) -> torch.Tensor:
         assert self.groups is not None
-        rows_by_group: dict[int, list[int]] = {}
-        for row, group in enumerate(self.groups):
-            rows_by_group.setdefault(id(group), []).append(row)
+        groups = self.groups
+        rows_by_group: list[list[int]] = []
+        for row, group in enumerate(groups):
+            known = next((rows for rows in rows_by_group if groups[rows[0]] is group), None)
+            if known is None:
+                rows_by_group.append([row])
+            else:
+                known.append(row)
         if len(rows_by_group) == 1:
-            return self._attend_rows(value, self.groups[0], None)
+            return self._attend_rows(value, groups[0], None)
         by_row: dict[int, torch.Tensor] = {}
-        for rows in rows_by_group.values():
-            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+        for rows in rows_by_group:
+            attended = self._attend_rows(value, groups[rows[0]], rows)
             by_row.update(zip(rows, attended.split(1), strict=True))
         return torch.cat([by_row[row] for row in range(self.batch_size)])
 
@@ -343,7 +348,7 @@ class ComposedAttnProcessor:
     def _add_branches(self, attended: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         replacing = [branch for branch in self._branches if branch.mode == "replace"]
         if len(replacing) > 1:
-            replacing[0].refuse_overlap(replacing, call)
+            replacing[0].refuse_overlap(replacing, call.batch_size, call.num_tokens, call.query.device)
         for branch in replacing:
             attended = branch.replace_in(attended, call)
         for branch in self._branches:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from objectcompose.attention_processors.box_control import BoxControlOptions, BoxControlRun
-from objectcompose.attention_processors.box_layers import ControlLayers, control_layers, layer_levels
+from objectcompose.attention_processors.box_layers import ControlLayers, control_layers
 from objectcompose.attention_processors.box_masks import PromptSubjects, SubjectRegions
 from objectcompose.attention_processors.box_refinement import RefinementOptions
 from objectcompose.attention_processors.early_exit import run_until
-from objectcompose.attention_processors.install import attention_layers, match_layers
+from objectcompose.attention_processors.install import attention_layers, layer_levels, match_layers
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
 from objectcompose.attention_processors.regions import RegionPyramid, RegionPyramidBatch, grids_of
 from objectcompose.errors import ObjectComposeError, RegionError
@@ -171,7 +171,7 @@ class MIFOBoxControl:
             chosen = replace(chosen, loss=tuple(match_layers(unet, self.loss_layers)))
         if self.map_layers is not None:
             names = match_layers(unet, self.map_layers)
-            levels = {_level_of(unet, name) for name in names}
+            levels = {layer_levels(unet)[name] for name in names}
             if len(levels) > 1:
                 raise RegionError(f"`map_layers` must be of one grid, got {len(levels)}: {names}.")
             grid = grids_of(*canvas, 1 + max(levels))[max(levels)]
@@ -247,10 +247,3 @@ class BoundBoxControl:
                 if part.kind != "probe" and not any(part is own for own in self.parts):
                     return True
         return False
-
-
-def _level_of(unet: Any, name: str) -> int:
-    levels = layer_levels(unet)
-    if name.startswith("down_blocks."):
-        return int(name.split(".")[1])
-    return levels[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from objectcompose.attention_processors.compiled import prepare_parts
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.pipelines.call_arguments import SamplingState
 from objectcompose.pipelines.object_matching import dino_side, dino_statistics, embed_crops, segment_pixels
@@ -113,6 +114,7 @@ class SegmentRefiner:
         if extra is not None:  # image prompts lie as [uncond, cond], too
             extra = {name: [rows[-count:] for rows in tensors] for name, tensors in extra.items()}
         noisy = pipeline.scheduler.scale_model_input(state.latents, timestep)
+        prepare_parts(pipeline.unet, noisy)
         prediction = pipeline.unet(
             noisy,
             timestep,
