@@ -105,6 +105,10 @@ class MissingPackageError(ObjectComposeError):
 
 # --- objectcompose.attention_processors.mask
 
+#: Of the largest grid for which a table of all pairs of cells may be built.
+MAX_DENSE_CELLS = 1024
+
+
 def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | str | None" = None) -> "torch.Tensor":
     """Regions on the grid that has `num_tokens` cells, flattened.
 
@@ -231,6 +235,11 @@ class KeyMask:
         self.layers = layers
         self.rows = rows
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        if hasattr(self.visible, "at_tokens"):
+            self.visible.at_tokens(num_tokens, torch.device(device))
+
     def table(self, batch_size: "int", num_tokens: "int", num_keys: "int", device: "torch.device") -> "torch.Tensor":
         """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
 
@@ -294,20 +303,20 @@ class RegionKeyMask:
         self._regions = regions
         self._grouped = {}
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        for group in self._groups_of_grid(num_tokens):
+            group.plan(torch.device(device))
+            if num_tokens <= MAX_DENSE_CELLS:
+                group.dense(device)
+
     def groups(self, batch_size: "int", num_tokens: "int") -> "list[GroupedVisibility | None]":
         """Per batch row what its queries see; None where this mask says nothing.
 
         Raises:
             RegionError: the regions do not fit the grid or the batch.
         """
-        if num_tokens not in self._grouped:
-            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
-            contents = [row.numpy().tobytes() for row in members]
-            distinct = dict(zip(contents, members, strict=True))
-            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
-            self._grouped[num_tokens] = [built[content] for content in contents]
-        grouped = self._grouped[num_tokens]
+        grouped = self._groups_of_grid(num_tokens)
         chosen = rows_of_batch(self.rows, batch_size)
         if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
             raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
@@ -315,6 +324,17 @@ class RegionKeyMask:
         for position, row in enumerate(chosen):
             per_row[row] = grouped[position % len(grouped)]
         return per_row
+
+    def _groups_of_grid(self, num_tokens: "int") -> "list[GroupedVisibility]":
+        """One entry per row of the regions."""
+        if num_tokens not in self._grouped:
+            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
+        return self._grouped[num_tokens]
 
 
 def intersect_row_groups(
@@ -455,14 +475,19 @@ class AttentionCall:
 
     def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
         assert self.groups is not None
-        rows_by_group: "dict[int, list[int]]" = {}
-        for row, group in enumerate(self.groups):
-            rows_by_group.setdefault(id(group), []).append(row)
+        groups = self.groups
+        rows_by_group: "list[list[int]]" = []
+        for row, group in enumerate(groups):
+            known = next((rows for rows in rows_by_group if groups[rows[0]] is group), None)
+            if known is None:
+                rows_by_group.append([row])
+            else:
+                known.append(row)
         if len(rows_by_group) == 1:
-            return self._attend_rows(value, self.groups[0], None)
+            return self._attend_rows(value, groups[0], None)
         by_row: "dict[int, torch.Tensor]" = {}
-        for rows in rows_by_group.values():
-            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+        for rows in rows_by_group:
+            attended = self._attend_rows(value, groups[rows[0]], rows)
             by_row.update(zip(rows, attended.split(1), strict=True))
         return torch.cat([by_row[row] for row in range(self.batch_size)])
 
@@ -653,7 +678,7 @@ class ComposedAttnProcessor:
     def _add_branches(self, attended: "torch.Tensor", call: "AttentionCall") -> "torch.Tensor":
         replacing = [branch for branch in self._branches if branch.mode == "replace"]
         if len(replacing) > 1:
-            replacing[0].refuse_overlap(replacing, call)
+            replacing[0].refuse_overlap(replacing, call.batch_size, call.num_tokens, call.query.device)
         for branch in replacing:
             attended = branch.replace_in(attended, call)
         for branch in self._branches:
@@ -693,6 +718,19 @@ def plain_unet(unet: "Any") -> "Any":
 def attention_layers(unet: "Any") -> "dict[str, Any]":
     """Name to module of every attention layer, in the model's own order (which is not call order)."""
     return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
+
+
+def layer_levels(unet: "Any") -> "dict[str, int]":
+    """Level of every attention layer of a diffusers UNet: 0 is the grid of the latents, each next one half of it."""
+    depth = len(getattr(plain_unet(unet), "down_blocks", ()))
+    levels = {}
+    for name in attention_layers(unet):
+        block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+        if block is not None:
+            levels[name] = int(block[2]) if block[1] == "down" else depth - 1 - int(block[2])
+        elif name.startswith("mid_block."):
+            levels[name] = depth - 1
+    return levels
 
 
 def match_layers(unet: "Any", layers: "str | Sequence[str]", kind: "Literal['self', 'cross'] | None" = None) -> "list[str]":

@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_locref by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.locref_adapter, objectcompose.attention_processors.branch, objectcompose.attention_processors.reference_fusion, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.reference_images, objectcompose.attention_processors.regions, objectcompose.pipelines.reference_layout, objectcompose.pipelines.reference_scenes, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_locref.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.locref_adapter, objectcompose.attention_processors.branch, objectcompose.attention_processors.reference_fusion, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.reference_images, objectcompose.attention_processors.regions, objectcompose.pipelines.reference_layout, objectcompose.pipelines.reference_scenes, objectcompose.attention_processors.compiled, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_locref.
 # SPDX-License-Identifier: Apache-2.0
 
 """LocRefPipeline: a prompt, and objects with a box and a reference picture, to a picture; nothing is tuned per object.
@@ -146,6 +146,10 @@ class MissingPackageError(ObjectComposeError):
 
 # --- objectcompose.attention_processors.mask
 
+#: Of the largest grid for which a table of all pairs of cells may be built.
+MAX_DENSE_CELLS = 1024
+
+
 def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | str | None" = None) -> "torch.Tensor":
     """Regions on the grid that has `num_tokens` cells, flattened.
 
@@ -272,6 +276,11 @@ class KeyMask:
         self.layers = layers
         self.rows = rows
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        if hasattr(self.visible, "at_tokens"):
+            self.visible.at_tokens(num_tokens, torch.device(device))
+
     def table(self, batch_size: "int", num_tokens: "int", num_keys: "int", device: "torch.device") -> "torch.Tensor":
         """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
 
@@ -335,20 +344,20 @@ class RegionKeyMask:
         self._regions = regions
         self._grouped = {}
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        for group in self._groups_of_grid(num_tokens):
+            group.plan(torch.device(device))
+            if num_tokens <= MAX_DENSE_CELLS:
+                group.dense(device)
+
     def groups(self, batch_size: "int", num_tokens: "int") -> "list[GroupedVisibility | None]":
         """Per batch row what its queries see; None where this mask says nothing.
 
         Raises:
             RegionError: the regions do not fit the grid or the batch.
         """
-        if num_tokens not in self._grouped:
-            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
-            contents = [row.numpy().tobytes() for row in members]
-            distinct = dict(zip(contents, members, strict=True))
-            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
-            self._grouped[num_tokens] = [built[content] for content in contents]
-        grouped = self._grouped[num_tokens]
+        grouped = self._groups_of_grid(num_tokens)
         chosen = rows_of_batch(self.rows, batch_size)
         if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
             raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
@@ -356,6 +365,17 @@ class RegionKeyMask:
         for position, row in enumerate(chosen):
             per_row[row] = grouped[position % len(grouped)]
         return per_row
+
+    def _groups_of_grid(self, num_tokens: "int") -> "list[GroupedVisibility]":
+        """One entry per row of the regions."""
+        if num_tokens not in self._grouped:
+            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
+        return self._grouped[num_tokens]
 
 
 def intersect_row_groups(
@@ -496,14 +516,19 @@ class AttentionCall:
 
     def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
         assert self.groups is not None
-        rows_by_group: "dict[int, list[int]]" = {}
-        for row, group in enumerate(self.groups):
-            rows_by_group.setdefault(id(group), []).append(row)
+        groups = self.groups
+        rows_by_group: "list[list[int]]" = []
+        for row, group in enumerate(groups):
+            known = next((rows for rows in rows_by_group if groups[rows[0]] is group), None)
+            if known is None:
+                rows_by_group.append([row])
+            else:
+                known.append(row)
         if len(rows_by_group) == 1:
-            return self._attend_rows(value, self.groups[0], None)
+            return self._attend_rows(value, groups[0], None)
         by_row: "dict[int, torch.Tensor]" = {}
-        for rows in rows_by_group.values():
-            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+        for rows in rows_by_group:
+            attended = self._attend_rows(value, groups[rows[0]], rows)
             by_row.update(zip(rows, attended.split(1), strict=True))
         return torch.cat([by_row[row] for row in range(self.batch_size)])
 
@@ -694,7 +719,7 @@ class ComposedAttnProcessor:
     def _add_branches(self, attended: "torch.Tensor", call: "AttentionCall") -> "torch.Tensor":
         replacing = [branch for branch in self._branches if branch.mode == "replace"]
         if len(replacing) > 1:
-            replacing[0].refuse_overlap(replacing, call)
+            replacing[0].refuse_overlap(replacing, call.batch_size, call.num_tokens, call.query.device)
         for branch in replacing:
             attended = branch.replace_in(attended, call)
         for branch in self._branches:
@@ -734,6 +759,19 @@ def plain_unet(unet: "Any") -> "Any":
 def attention_layers(unet: "Any") -> "dict[str, Any]":
     """Name to module of every attention layer, in the model's own order (which is not call order)."""
     return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
+
+
+def layer_levels(unet: "Any") -> "dict[str, int]":
+    """Level of every attention layer of a diffusers UNet: 0 is the grid of the latents, each next one half of it."""
+    depth = len(getattr(plain_unet(unet), "down_blocks", ()))
+    levels = {}
+    for name in attention_layers(unet):
+        block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+        if block is not None:
+            levels[name] = int(block[2]) if block[1] == "down" else depth - 1 - int(block[2])
+        elif name.startswith("mid_block."):
+            levels[name] = depth - 1
+    return levels
 
 
 def match_layers(unet: "Any", layers: "str | Sequence[str]", kind: "Literal['self', 'cross'] | None" = None) -> "list[str]":
@@ -2042,7 +2080,7 @@ class Branch:
             raise LayerNotFoundError(f"`keys_values` of a branch lacks the layers {missing} that `layers` chooses.")
 
     def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
-        """Build what one grid needs ahead of the first call, as before `torch.compile`."""
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
         self._grid(num_tokens, torch.device(device))
 
     def coverage(self, num_tokens: "int", device: "torch.device | str") -> "torch.Tensor | None":
@@ -2069,19 +2107,19 @@ class Branch:
             inside = torch.where(coverage > 0, own * (1 - coverage) + inside * coverage, own)
         return self._write_rows(attended, inside.to(attended.dtype))
 
-    def refuse_overlap(self, replacing: "Sequence[Any]", call: "AttentionCall") -> "None":
-        """Refuse two replacing branches on one cell of this call's grid (PartConflictError); checked once per grid.
+    def refuse_overlap(self, replacing: "Sequence[Any]", batch_size: "int", num_tokens: "int", device: "torch.device") -> "None":
+        """Refuse two replacing branches on one cell of a grid (PartConflictError); checked once per grid.
 
-        Not checked while compiling, since it reads values: run once eagerly, or call `check_replacing_branches`.
+        Not while compiling, since it reads values: `compiled.prepare_parts` checks it before.
         """
         if torch.compiler.is_compiling():
             return
-        grids = [branch.coverage(call.num_tokens, call.query.device) for branch in replacing]
-        known = self._conflicts_checked.get(call.num_tokens)
+        grids = [branch.coverage(num_tokens, device) for branch in replacing]
+        known = self._conflicts_checked.get(num_tokens)
         if known is not None and len(known) == len(grids) and all(a is b for a, b in zip(known, grids, strict=True)):
             return
-        check_replacing_branches(replacing, call.num_tokens, call.batch_size, call.query.device)
-        self._conflicts_checked[call.num_tokens] = grids
+        check_replacing_branches(replacing, num_tokens, batch_size, device)
+        self._conflicts_checked[num_tokens] = grids
 
     def _write_rows(self, attended: "torch.Tensor", own: "torch.Tensor") -> "torch.Tensor":
         if self.rows is None:
@@ -5037,6 +5075,39 @@ def composite_pictures(
     return [picture for picture in pictures for _ in range(repeats)]
 
 
+# --- objectcompose.attention_processors.compiled
+
+def is_compiled(unet: "Any") -> "bool":
+    """Whether `torch.compile` is at work on a model, as a whole or by block."""
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in unet.modules())
+
+
+def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
+    """Build what the installed parts of a compiled UNet need for its next pass; nothing to do for any other model.
+
+    Args:
+        unet: the model.
+        sample: what it will be called with, `(B, C, h, w)`.
+
+    Raises:
+        RegionError: a part's regions do not fit a grid or the batch.
+    """
+    if not is_compiled(unet):
+        return
+    levels = layer_levels(unet)
+    grids = grids_of(*sample.shape[-2:], 1 + max(levels.values(), default=0))
+    for name, module in attention_layers(unet).items():
+        parts = getattr(module.processor, "composed_parts", ())
+        if parts:
+            height, width = grids[levels[name]]
+            for part in parts:
+                if hasattr(part, "prepare"):
+                    part.prepare(height * width, sample.device)
+            replacing = [part for part in parts if part.kind == "branch" and part.mode == "replace"]
+            if len(replacing) > 1:
+                replacing[0].refuse_overlap(replacing, len(sample), height * width, sample.device)
+
+
 # --- objectcompose.attention_processors.columns
 
 def softmax_columns(
@@ -5254,12 +5325,16 @@ class RegionMassProbe:
             pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
         self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        device = torch.device(device)
+        if (num_tokens, device) not in self._indicators:
+            weights = region_weights(self._regions, num_tokens, device)  # (rows | 1, R, K)
+            self._indicators[num_tokens, device] = weights.transpose(1, 2)[:, None]
+
     def _values(self, call: "AttentionCall") -> "torch.Tensor":
-        num_keys, device = call.key.shape[2], call.query.device
-        if (num_keys, device) not in self._indicators:
-            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
-            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
-        values = self._indicators[num_keys, device]
+        self.prepare(call.num_tokens, call.query.device)
+        values = self._indicators[call.num_tokens, call.query.device]
         if values.shape[0] not in (1, call.batch_size):
             raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
         return values
@@ -5283,7 +5358,7 @@ class CellMapProbe:
     kind = "probe"
     attention = "self"
 
-    def __init__(self, layers: "str | Sequence[str]", rows: "slice | None" = None, max_cells: "int" = 1024):
+    def __init__(self, layers: "str | Sequence[str]", rows: "slice | None" = None, max_cells: "int" = MAX_DENSE_CELLS):
         self.layers = layers
         self.rows = rows
         self.max_cells = max_cells
@@ -5698,6 +5773,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """The UNet's prediction for `state.latents`: `(2 * M, C, h, w)` as [uncond, cond] under guidance, else M."""
         # a callback may have changed the guidance scale, hence asked anew in each step
         latents = torch.cat([state.latents] * 2) if self.do_classifier_free_guidance else state.latents
+        prepare_parts(self.unet, latents)
         return self.unet(
             self.scheduler.scale_model_input(latents, timestep),
             timestep,

@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_mifo by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.pipelines.call_arguments, objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.layout_fields, objectcompose.attention_processors.regions, objectcompose.attention_processors.box_layers, objectcompose.attention_processors.losses, objectcompose.attention_processors.box_loss, objectcompose.attention_processors.box_masks, objectcompose.attention_processors.box_refinement, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.attention_processors.box_control, objectcompose.attention_processors.early_exit, objectcompose.files, objectcompose.layout, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.subject_tokens, objectcompose.pipelines.mifo_control, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.sampling, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_mifo.
+# Merged modules: objectcompose.pipelines.call_arguments, objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.layout_fields, objectcompose.attention_processors.regions, objectcompose.attention_processors.box_layers, objectcompose.attention_processors.losses, objectcompose.attention_processors.box_loss, objectcompose.attention_processors.box_masks, objectcompose.attention_processors.box_refinement, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.attention_processors.box_control, objectcompose.attention_processors.compiled, objectcompose.attention_processors.early_exit, objectcompose.files, objectcompose.layout, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.subject_tokens, objectcompose.pipelines.mifo_control, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.sampling, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_mifo.
 # SPDX-License-Identifier: Apache-2.0
 
 """MIFOPipeline: a prompt whose objects stay in their boxes, and apart from one another.
@@ -86,6 +86,7 @@ from typing import ParamSpec
 from typing import TypeVar
 from typing import get_args
 from typing import get_type_hints
+from weakref import WeakKeyDictionary
 
 
 # --- objectcompose.pipelines.call_arguments
@@ -247,6 +248,10 @@ class MissingPackageError(ObjectComposeError):
 
 # --- objectcompose.attention_processors.mask
 
+#: Of the largest grid for which a table of all pairs of cells may be built.
+MAX_DENSE_CELLS = 1024
+
+
 def region_weights(regions: "Any", num_tokens: "int", device: "torch.device | str | None" = None) -> "torch.Tensor":
     """Regions on the grid that has `num_tokens` cells, flattened.
 
@@ -373,6 +378,11 @@ class KeyMask:
         self.layers = layers
         self.rows = rows
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        if hasattr(self.visible, "at_tokens"):
+            self.visible.at_tokens(num_tokens, torch.device(device))
+
     def table(self, batch_size: "int", num_tokens: "int", num_keys: "int", device: "torch.device") -> "torch.Tensor":
         """Visibility of one call, bool, broadcastable to `(B, Q, K)`.
 
@@ -436,20 +446,20 @@ class RegionKeyMask:
         self._regions = regions
         self._grouped = {}
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        for group in self._groups_of_grid(num_tokens):
+            group.plan(torch.device(device))
+            if num_tokens <= MAX_DENSE_CELLS:
+                group.dense(device)
+
     def groups(self, batch_size: "int", num_tokens: "int") -> "list[GroupedVisibility | None]":
         """Per batch row what its queries see; None where this mask says nothing.
 
         Raises:
             RegionError: the regions do not fit the grid or the batch.
         """
-        if num_tokens not in self._grouped:
-            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
-            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
-            contents = [row.numpy().tobytes() for row in members]
-            distinct = dict(zip(contents, members, strict=True))
-            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
-            self._grouped[num_tokens] = [built[content] for content in contents]
-        grouped = self._grouped[num_tokens]
+        grouped = self._groups_of_grid(num_tokens)
         chosen = rows_of_batch(self.rows, batch_size)
         if len(grouped) != 1 and len(chosen) not in (len(grouped), 2 * len(grouped)):
             raise RegionError(f"`regions` has {len(grouped)} batch rows, the mask holds for {len(chosen)}.")
@@ -457,6 +467,17 @@ class RegionKeyMask:
         for position, row in enumerate(chosen):
             per_row[row] = grouped[position % len(grouped)]
         return per_row
+
+    def _groups_of_grid(self, num_tokens: "int") -> "list[GroupedVisibility]":
+        """One entry per row of the regions."""
+        if num_tokens not in self._grouped:
+            members = region_weights(self._regions, num_tokens, "cpu") > 0  # (B | 1, N, Q)
+            # Rows of equal regions (guidance halves, several pictures of a prompt) are attended in one call.
+            contents = [row.numpy().tobytes() for row in members]
+            distinct = dict(zip(contents, members, strict=True))
+            built = {content: GroupedVisibility.from_regions(row) for content, row in distinct.items()}
+            self._grouped[num_tokens] = [built[content] for content in contents]
+        return self._grouped[num_tokens]
 
 
 def intersect_row_groups(
@@ -597,14 +618,19 @@ class AttentionCall:
 
     def _attend_groups(self, value: "torch.Tensor") -> "torch.Tensor":
         assert self.groups is not None
-        rows_by_group: "dict[int, list[int]]" = {}
-        for row, group in enumerate(self.groups):
-            rows_by_group.setdefault(id(group), []).append(row)
+        groups = self.groups
+        rows_by_group: "list[list[int]]" = []
+        for row, group in enumerate(groups):
+            known = next((rows for rows in rows_by_group if groups[rows[0]] is group), None)
+            if known is None:
+                rows_by_group.append([row])
+            else:
+                known.append(row)
         if len(rows_by_group) == 1:
-            return self._attend_rows(value, self.groups[0], None)
+            return self._attend_rows(value, groups[0], None)
         by_row: "dict[int, torch.Tensor]" = {}
-        for rows in rows_by_group.values():
-            attended = self._attend_rows(value, self.groups[rows[0]], rows)
+        for rows in rows_by_group:
+            attended = self._attend_rows(value, groups[rows[0]], rows)
             by_row.update(zip(rows, attended.split(1), strict=True))
         return torch.cat([by_row[row] for row in range(self.batch_size)])
 
@@ -795,7 +821,7 @@ class ComposedAttnProcessor:
     def _add_branches(self, attended: "torch.Tensor", call: "AttentionCall") -> "torch.Tensor":
         replacing = [branch for branch in self._branches if branch.mode == "replace"]
         if len(replacing) > 1:
-            replacing[0].refuse_overlap(replacing, call)
+            replacing[0].refuse_overlap(replacing, call.batch_size, call.num_tokens, call.query.device)
         for branch in replacing:
             attended = branch.replace_in(attended, call)
         for branch in self._branches:
@@ -835,6 +861,19 @@ def plain_unet(unet: "Any") -> "Any":
 def attention_layers(unet: "Any") -> "dict[str, Any]":
     """Name to module of every attention layer, in the model's own order (which is not call order)."""
     return {name: module for name, module in plain_unet(unet).named_modules() if hasattr(module, "set_processor")}
+
+
+def layer_levels(unet: "Any") -> "dict[str, int]":
+    """Level of every attention layer of a diffusers UNet: 0 is the grid of the latents, each next one half of it."""
+    depth = len(getattr(plain_unet(unet), "down_blocks", ()))
+    levels = {}
+    for name in attention_layers(unet):
+        block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+        if block is not None:
+            levels[name] = int(block[2]) if block[1] == "down" else depth - 1 - int(block[2])
+        elif name.startswith("mid_block."):
+            levels[name] = depth - 1
+    return levels
 
 
 def match_layers(unet: "Any", layers: "str | Sequence[str]", kind: "Literal['self', 'cross'] | None" = None) -> "list[str]":
@@ -1558,25 +1597,6 @@ class ControlLayers:
         return [name for name in names if name in of_that_kind]
 
 
-def layer_levels(unet: "Any") -> "dict[str, int]":
-    """Level of every attention layer of middle and decoder; 0 is the finest grid, each next one half of it.
-
-    Raises:
-        LayerNotFoundError: the model has no layers with the names of a diffusers UNet.
-    """
-    depth = len(getattr(plain_unet(unet), "down_blocks", ()))
-    levels = {}
-    for name in attention_layers(unet):
-        decoder = re.match(r"up_blocks\.(\d+)\.", name)
-        if decoder is not None:
-            levels[name] = depth - 1 - int(decoder[1])
-        elif name.startswith("mid_block."):
-            levels[name] = depth - 1
-    if not any(name.startswith("up_blocks.") for name in levels):
-        raise LayerNotFoundError("box control needs a UNet with attention in `up_blocks`, got a model without.")
-    return levels
-
-
 def control_layers(unet: "Any", canvas: "tuple[int, int]") -> "ControlLayers":
     """The layers for latents of a size.
 
@@ -1587,8 +1607,10 @@ def control_layers(unet: "Any", canvas: "tuple[int, int]") -> "ControlLayers":
     Raises:
         LayerNotFoundError: the model has no decoder layers with attention.
     """
-    levels = layer_levels(unet)
+    levels = {name: level for name, level in layer_levels(unet).items() if not name.startswith("down_blocks.")}
     in_decoder = sorted({level for name, level in levels.items() if name.startswith("up_blocks.")}, reverse=True)
+    if not in_decoder:
+        raise LayerNotFoundError("box control needs a UNet with attention in `up_blocks`, got a model without.")
     grids = grids_of(*canvas, max(levels.values()) + 1)
     # Coarser levels come first, so of two equally near ones the cheaper is taken.
     chosen = min(in_decoder, key=lambda level: round(abs(math.log2(min(grids[level]) / MAP_GRID_SIDE)), 6))
@@ -2657,12 +2679,16 @@ class RegionMassProbe:
             pieces.append(mass.mean(1, keepdim=True) if self.head_mean else mass)
         self.mass[call.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
+    def prepare(self, num_tokens: "int", device: "torch.device | str") -> "None":
+        """Build what one grid needs, which a compiled pass cannot (`compiled.prepare_parts`)."""
+        device = torch.device(device)
+        if (num_tokens, device) not in self._indicators:
+            weights = region_weights(self._regions, num_tokens, device)  # (rows | 1, R, K)
+            self._indicators[num_tokens, device] = weights.transpose(1, 2)[:, None]
+
     def _values(self, call: "AttentionCall") -> "torch.Tensor":
-        num_keys, device = call.key.shape[2], call.query.device
-        if (num_keys, device) not in self._indicators:
-            weights = region_weights(self._regions, num_keys, device)  # (rows | 1, R, K)
-            self._indicators[num_keys, device] = weights.transpose(1, 2)[:, None]
-        values = self._indicators[num_keys, device]
+        self.prepare(call.num_tokens, call.query.device)
+        values = self._indicators[call.num_tokens, call.query.device]
         if values.shape[0] not in (1, call.batch_size):
             raise RegionError(f"`regions` has {values.shape[0]} batch rows, measured are {call.batch_size}.")
         return values
@@ -2686,7 +2712,7 @@ class CellMapProbe:
     kind = "probe"
     attention = "self"
 
-    def __init__(self, layers: "str | Sequence[str]", rows: "slice | None" = None, max_cells: "int" = 1024):
+    def __init__(self, layers: "str | Sequence[str]", rows: "slice | None" = None, max_cells: "int" = MAX_DENSE_CELLS):
         self.layers = layers
         self.rows = rows
         self.max_cells = max_cells
@@ -2993,6 +3019,39 @@ def _without_parameter_gradients(model: "Any") -> "Iterator[None]":
             parameter.requires_grad_(True)
 
 
+# --- objectcompose.attention_processors.compiled
+
+def is_compiled(unet: "Any") -> "bool":
+    """Whether `torch.compile` is at work on a model, as a whole or by block."""
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in unet.modules())
+
+
+def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
+    """Build what the installed parts of a compiled UNet need for its next pass; nothing to do for any other model.
+
+    Args:
+        unet: the model.
+        sample: what it will be called with, `(B, C, h, w)`.
+
+    Raises:
+        RegionError: a part's regions do not fit a grid or the batch.
+    """
+    if not is_compiled(unet):
+        return
+    levels = layer_levels(unet)
+    grids = grids_of(*sample.shape[-2:], 1 + max(levels.values(), default=0))
+    for name, module in attention_layers(unet).items():
+        parts = getattr(module.processor, "composed_parts", ())
+        if parts:
+            height, width = grids[levels[name]]
+            for part in parts:
+                if hasattr(part, "prepare"):
+                    part.prepare(height * width, sample.device)
+            replacing = [part for part in parts if part.kind == "branch" and part.mode == "replace"]
+            if len(replacing) > 1:
+                replacing[0].refuse_overlap(replacing, len(sample), height * width, sample.device)
+
+
 # --- objectcompose.attention_processors.early_exit
 
 class _LeaveForward(Exception):
@@ -3005,9 +3064,9 @@ def can_leave_early(unet: "Any") -> "bool":
     Not with `torch.compile` (whole or by block), wrappers for several devices, or hooks that move weights back after
     each layer (sequential and group offloading); `enable_model_cpu_offload` is no obstacle.
     """
-    if hasattr(unet, "_orig_mod") or isinstance(unet, torch.nn.parallel.DistributedDataParallel):
+    if is_compiled(unet) or isinstance(unet, torch.nn.parallel.DistributedDataParallel):
         return False
-    return not any(_is_compiled(module) or _offloads_by_layer(module) for module in unet.modules())
+    return not any(_offloads_by_layer(module) for module in unet.modules())
 
 
 def run_until(unet: "Any", last_layers: "str | Sequence[str]", *args: "Any", **kwargs: "Any") -> "None":
@@ -3027,6 +3086,7 @@ def run_until(unet: "Any", last_layers: "str | Sequence[str]", *args: "Any", **k
     """
     names = match_layers(unet, last_layers)
     if not can_leave_early(unet):
+        prepare_parts(unet, args[0] if args else kwargs["sample"])
         unet(*args, **kwargs)
         return
     modules = {_exit_module_name(unet, name) for name in names}
@@ -3069,10 +3129,6 @@ def _exit_module_name(unet: "Any", layer: "str") -> "str":
         if getattr(model.get_submodule(name), "gradient_checkpointing", None) is not None:
             return name if model.get_submodule(name).gradient_checkpointing else layer
     return layer
-
-
-def _is_compiled(module: "Any") -> "bool":
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _offloads_by_layer(module: "Any") -> "bool":
@@ -4233,6 +4289,8 @@ class MIFOBoxControl:
         self.objects = objects
         self.options = box_control_options(options)
         self.loss_layers, self.map_layers = loss_layers, map_layers
+        # By call, so that what was checked is not found anew; gone as soon as the call is over.
+        self._found: "WeakKeyDictionary[CallArguments, list[ControlledPrompt]]" = WeakKeyDictionary()
 
     def check(self, pipeline: "Any", call: "CallArguments") -> "None":
         """Refuse what cannot be controlled, before any model runs.
@@ -4252,6 +4310,11 @@ class MIFOBoxControl:
             RegionError: two objects have the same cells, or there are too many for the grid of the maps.
             LayerNotFoundError, PartConflictError: the layers do not exist or cannot be controlled.
         """
+        if call not in self._found:
+            self._found[call] = self._find_prompts(pipeline, call)
+        return self._found[call]
+
+    def _find_prompts(self, pipeline: "Any", call: "CallArguments") -> "list[ControlledPrompt]":
         texts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
         canvas = pipeline.latent_size(call.height, call.width)
         rows = as_scene_objects(self.objects, 1 if texts is None else len(texts))
@@ -4307,7 +4370,7 @@ class MIFOBoxControl:
             chosen = replace(chosen, loss=tuple(match_layers(unet, self.loss_layers)))
         if self.map_layers is not None:
             names = match_layers(unet, self.map_layers)
-            levels = {_level_of(unet, name) for name in names}
+            levels = {layer_levels(unet)[name] for name in names}
             if len(levels) > 1:
                 raise RegionError(f"`map_layers` must be of one grid, got {len(levels)}: {names}.")
             grid = grids_of(*canvas, 1 + max(levels))[max(levels)]
@@ -4383,13 +4446,6 @@ class BoundBoxControl:
                 if part.kind != "probe" and not any(part is own for own in self.parts):
                     return True
         return False
-
-
-def _level_of(unet: "Any", name: "str") -> "int":
-    levels = layer_levels(unet)
-    if name.startswith("down_blocks."):
-        return int(name.split(".")[1])
-    return levels[name]
 
 
 # --- objectcompose.pipelines.image_prompts
@@ -5342,6 +5398,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """The UNet's prediction for `state.latents`: `(2 * M, C, h, w)` as [uncond, cond] under guidance, else M."""
         # a callback may have changed the guidance scale, hence asked anew in each step
         latents = torch.cat([state.latents] * 2) if self.do_classifier_free_guidance else state.latents
+        prepare_parts(self.unet, latents)
         return self.unet(
             self.scheduler.scale_model_input(latents, timestep),
             timestep,
