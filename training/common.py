@@ -216,6 +216,8 @@ class Checkpointer:
         if not steps:
             return None
         folder = self.folder / f"{_STEP_PREFIX}{steps[-1]:08d}"
+        if torch.device(map_location).type == "cpu":
+            map_location = "cpu"  # of several processes on CPUs each has a "cpu:0", which `torch.load` does not know
         try:
             state = torch.load(folder / _STATE_FILE, map_location=map_location, weights_only=True)
             for path in sorted(folder.glob("*.safetensors")):

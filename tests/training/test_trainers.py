@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -104,8 +105,10 @@ def test_caching_changes_nothing(base, data, tmp_path):
         subprocess.run(["rm", "-r", str(out)], check=True)
 
 
-def run_until_step(command: list[str], out: Path, step: int, environment: dict[str, str]) -> None:
-    """Start a run and kill it as soon as its log has reached a step."""
+def run_until_step(
+    command: list[str], out: Path, step: int, environment: dict[str, str], only_one_worker: bool = False
+) -> None:
+    """Start a run and kill it, or one of its processes, as soon as its log has reached a step."""
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -113,6 +116,9 @@ def run_until_step(command: list[str], out: Path, step: int, environment: dict[s
                 break
             assert process.poll() is None, "it ended by itself"
             time.sleep(0.1)
+        if only_one_worker:
+            psutil.Process(process.pid).children()[-1].kill()
+            assert process.wait(60) != 0  # the launcher ends the others
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -139,6 +145,22 @@ def test_killed_and_resumed_equals_unbroken(base, data, tmp_path):
         for out in ("unbroken", "killed")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_one_of_two_processes_killed_and_resumed_equals_unbroken(base, data, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for out in ("unbroken", "killed"):
+        script = ["-m", "objectcompose.training.train_token_compose", *token_compose(base, data, tmp_path / out)]
+        command = [*launch, *script, "--max_train_steps", "12"]
+        if out == "killed":
+            run_until_step(command, tmp_path / out, 3, environment, only_one_worker=True)
+            assert 0 < Checkpointer(tmp_path / out / "checkpoints").steps()[-1] < 12
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-8000:]
+    unbroken, killed = state(tmp_path / "unbroken"), state(tmp_path / "killed")
+    assert all(torch.equal(unbroken[name], killed[name]) for name in unbroken)
+    assert [line["step"] for line in read_log(tmp_path / "killed" / "log.jsonl")] == list(range(1, 13))
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(base, data, tmp_path):
