@@ -14,7 +14,7 @@ from objectcompose.toybox.categories import PRESETS, Preset
 
 
 ENVIRONMENT_VARIABLE = "OBJECTCOMPOSE_TOYBOX"
-FOLDERS = ("base", "image_encoder", "dino", "clipseg", "judge", "tokencompose")
+FOLDERS = ("base", "image_encoder", "dino", "clipseg", "judge", "tokencompose", "locref", "object_prompt", "mifo")
 
 
 def toybox_root() -> Path:
