@@ -67,6 +67,8 @@ class TokenComposePipeline(
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    #: Of `SceneObject`; a method on top of this one may use more.
+    used_fields: tuple[str, ...] = ("phrase",)
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class TokenComposePipeline(
         placed: list[list[PlacedObject]] = [[] for _ in range(batch_size)]
         if objects is not None:
             canvas, method = (call.height, call.width), type(self).__name__
-            placed = place_phrases(self.tokenizer, call.prompt, objects, canvas, ("phrase",), method)
+            placed = place_phrases(self.tokenizer, call.prompt, objects, canvas, self.used_fields, method)
         return placed, self.check_attention(call, placed)
 
     @torch.no_grad()

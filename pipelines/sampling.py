@@ -267,7 +267,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
             call: the arguments.
             state: what `start_sampling` returned; the loop changes it.
             parts: all attention parts, `call.parts` included. A group (`part.kind == "group"`) becomes, by `bind(self,
-                call, state)`, parts of this call and a `before_step` of its own, which runs after the method's.
+                call, state)`, parts of this call and a `before_step` of its own (or None), which runs after the
+                method's.
             recorder: records attention maps.
             before_step: changes the latents before each prediction: `(step, timestep, latents, prompt_embeds)` to
                 latents, `prompt_embeds` as in `state`. It runs with the parts installed; forwards of its own are for
@@ -275,7 +276,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """
         bound = [part.bind(self, call, state) for part in parts if part.kind == "group"]
         hooks = [] if before_step is None else [before_step]
-        hooks += [group.before_step for group in bound]
+        hooks += [group.before_step for group in bound if group.before_step is not None]
         all_parts = [part for part in parts if part.kind != "group"]
         all_parts += [part for group in bound for part in group.parts]
         if recorder is not None:

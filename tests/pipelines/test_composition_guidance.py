@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,15 @@ def test_fewer_segments_leave_an_object_unmatched_and_unrefined():
     assert [item.matched for item in items] == [True, False]
     assert items[0].refinement_losses and not items[1].refinement_losses
     assert items[1].region is None and items[1].similarity is None
+
+
+@pytest.mark.parametrize("returned", [None, "masks", [None]])
+def test_a_segmenter_that_returns_no_masks_is_refused_and_leaves_no_trace(returned):
+    pipeline = prompt_pipeline()
+    expected = sample(pipeline, num_inference_steps=2).images
+    with pytest.raises(ObjectComposeError, match="`segmenter` must return"):
+        guided(pipeline, num_inference_steps=2, segmenter=SimpleNamespace(segment=lambda picture: returned))
+    assert torch.equal(sample(pipeline, num_inference_steps=2).images, expected)
 
 
 def test_attention_is_confined_to_matched_segments():

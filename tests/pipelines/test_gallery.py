@@ -13,7 +13,7 @@ from PIL import Image
 from objectcompose.adapters.base_identity import identify_base
 from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.errors import ObjectComposeError
-from objectcompose.examples.demo import DEMO_SCENES, DEMO_SEEDS, DemoScene, demo_scenes, run_demo
+from objectcompose.examples.demo import DEMO_SCENES, DEMO_SEEDS, DemoScene, MethodRow, demo_scenes, run_demo
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from tests.pipelines.helpers import compose_pipeline
 
@@ -70,11 +70,18 @@ def test_demo_writes_gallery_and_report(tmp_path):
     before = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
     after = {name: value + 0.1 if name.endswith("attn2.to_k.weight") else value for name, value in before.items()}
     tuning = UNetDelta.between(before, after, identify_base(pipeline.unet))
-    report = run_demo(pipeline, DogJudge(), tuning, scenes, tmp_path, steps=2, tuned_scenes=(1,))
+
+    def paint_row(pipeline, judge, seeds, steps, progress):
+        progress.update(len(seeds) * steps)
+        return GalleryRow("more", [RED], [""]), [{"weights": "more", "seed": seeds[0], "steps": steps}]
+
+    method = MethodRow(paint_row, runs=1)
+    report = run_demo(pipeline, DogJudge(), tuning, scenes, tmp_path, steps=2, tuned_scenes=(1,), methods=[method])
     assert all(torch.equal(value, before[name]) for name, value in pipeline.unet.named_parameters())
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.png", "report.json"]
     assert report["all_objects_found"] == {"1": 1.0, "2": 0.0}
+    assert report["pictures"].pop() == {"weights": "more", "seed": DEMO_SEEDS[0], "steps": 2}
     assert [entry["seed"] for entry in report["pictures"]] == [*DEMO_SEEDS] * 3
     assert [entry["weights"] for entry in report["pictures"]] == ["base"] * 4 + ["TokenCompose"] * 2
     last = report["pictures"][-1]

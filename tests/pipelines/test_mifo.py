@@ -180,6 +180,16 @@ def test_weights_that_are_being_trained_get_no_gradients():
     assert all(weight.requires_grad and weight.grad is None for weight in pipeline.unet.parameters())
 
 
+def test_objects_are_found_once_in_a_call_and_not_kept(monkeypatch):
+    found = []
+    find = MIFOBoxControl._find_prompts
+    monkeypatch.setattr(MIFOBoxControl, "_find_prompts", lambda self, *rest: found.append(1) or find(self, *rest))
+    pipeline, part = compose_pipeline(), MIFOBoxControl(DOG_AND_CORGI, BRIEF)
+    for prompt in (PROMPT, f"{PROMPT} on a table"):
+        pipeline(prompt, num_inference_steps=1, output_type="latent", parts=[part])
+    assert len(found) == 2 and len(part._found) == 0
+
+
 # ---- as a part of other pipelines
 
 

@@ -21,6 +21,7 @@ from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from tests.pipelines.object_prompt_helpers import own_components as object_prompt_components
+from tests.pipelines.phrase_boxes import PhraseBoxesPipeline
 from tests.tiny import tiny_components, tiny_image_encoder
 
 
@@ -152,4 +153,5 @@ ROWS = {
         scenes=PROMPTED_SCENES,
         adds_components=object_prompt_components,
     ),
+    "phrase_boxes": Row(PhraseBoxesPipeline, {"return_attention": True}, scenes=BOXED_SCENES),
 }
