@@ -8,7 +8,7 @@ SCRATCH := build/scratch
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-slow test-gpu quality style types build-check hub-files hub-files-check bench \
-	verify-results reproduce-tokencompose toybox clean
+	verify-results reproduce-tokencompose reproduce-locref reproduce-object-prompt reproduce-mifo app toybox clean
 
 $(STAMP): pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -76,8 +76,13 @@ bench: $(STAMP)
 	done
 
 # PRESET=smoke takes minutes, cpu hours, gpu minutes on a GPU; run it again to go on.
-reproduce-tokencompose: $(STAMP)
-	$(PY) -m benchmarks.recipes.tokencompose --preset $(PRESET) $(ARGS)
+reproduce-tokencompose reproduce-locref reproduce-object-prompt reproduce-mifo: $(STAMP)
+	$(PY) -m benchmarks.recipes.$(subst -,_,$(@:reproduce-%=%)) --preset $(PRESET) $(ARGS)
+
+app: $(STAMP)  ## a page to try the methods on, at http://127.0.0.1:7860
+	@$(PY) -c "import gradio" 2>/dev/null || \
+		$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev,grounding,app]"
+	$(PY) -P -m objectcompose.examples.app $(ARGS)
 
 verify-results: $(STAMP)
 	$(PY) -m objectcompose.evaluation.verify

@@ -45,11 +45,15 @@ def start_training(
         mixed_precision: "no", "fp16" or "bf16".
         gradient_accumulation_steps: micro-batches per optimizer step, at least 1.
         cpu: stay on the CPU even where a GPU is there.
+
+    Raises:
+        ObjectComposeError: "fp16" on a CPU, whose losses would not be scaled.
     """
+    cpu = cpu or not torch.accelerator.is_available()  # said aloud, else processes on CPUs would not find one another
+    if cpu and mixed_precision == "fp16":
+        raise ObjectComposeError('`mixed_precision` "fp16" needs a GPU; on a CPU take "bf16" or "no".')
     accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        cpu=cpu or not torch.accelerator.is_available(),  # else several processes on CPUs would not find one another
+        mixed_precision=mixed_precision, gradient_accumulation_steps=gradient_accumulation_steps, cpu=cpu
     )
     set_seed(seed, device_specific=True)
     return accelerator

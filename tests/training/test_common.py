@@ -211,6 +211,7 @@ def test_log_drops_what_was_written_after_the_checkpoint(tmp_path):
         (lambda: Checkpointer("x").save(-1, {}), "step"),
         (lambda: create_ema(torch.nn.Linear(1, 1), 1.0), "decay"),
         (lambda: shuffled_batch(0, 0, 1, 0), "dataset_size"),
+        (lambda: start_training(seed=0, mixed_precision="fp16", cpu=True), "fp16"),
     ],
 )
 def test_bad_arguments_are_typed_errors(call, word):
