@@ -33,14 +33,15 @@ def prepare_parts(unet: Any, sample: torch.Tensor) -> None:
     if not is_compiled(unet):
         return
     levels = layer_levels(unet)
-    grids = grids_of(*sample.shape[-2:], 1 + max(levels.values(), default=0))
+    height, width = sample.shape[-2:]
+    grids = grids_of(height, width, 1 + max(levels.values(), default=0))
     for name, module in attention_layers(unet).items():
         parts = getattr(module.processor, "composed_parts", ())
         if parts:
-            height, width = grids[levels[name]]
+            rows, columns = grids[levels[name]]
             for part in parts:
                 if hasattr(part, "prepare"):
-                    part.prepare(height * width, sample.device)
+                    part.prepare(rows * columns, sample.device)
             replacing = [part for part in parts if part.kind == "branch" and part.mode == "replace"]
             if len(replacing) > 1:
-                replacing[0].refuse_overlap(replacing, len(sample), height * width, sample.device)
+                replacing[0].refuse_overlap(replacing, len(sample), rows * columns, sample.device)

@@ -1,10 +1,13 @@
 """What box control costs: MIFOPipeline with its full schedule beside plain sampling, and the plain way beside it.
 
     python -m benchmarks.mifo
+    python -m benchmarks.mifo --learning                 # also the peak memory of learning, on the full shape
     python -m benchmarks.mifo --device cuda --width 320 --text-width 1024 --steps 50
 
 A full schedule is 15 guided of 50 steps with 5 iterations each, none left out by the early stop, masks refined 7
-times. Fewer steps keep that ratio (3 of 10), so that the ratios stay the same. On a GPU the keys begin with `gpu.`.
+times. Fewer steps keep that ratio (3 of 10), so that the ratios stay the same. The plain way takes minutes for that:
+of it one step and one iteration are measured, and counted as often as a schedule has them. On a GPU the keys begin
+with `gpu.`.
 """
 
 from __future__ import annotations
@@ -12,22 +15,27 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.measure import flops, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
 from benchmarks.naive_box_control import NaiveBoxControl, naive_sampling
 from objectcompose.attention_processors.box_layers import control_layers
-from objectcompose.attention_processors.box_loss import scaled_steps
 from objectcompose.evaluation.results import write_result
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.pipelines.placement import place_phrases
 from objectcompose.pipelines.subject_tokens import prompt_subjects
 from objectcompose.toybox.tokenizer import build_tokenizer
+from objectcompose.training.loop import Draw
+from objectcompose.training.mifo_losses import MIFOLosses, MIFOLossOptions, SceneLatents, learning_layers
+from objectcompose.training.mifo_scene import InstanceScene
+from objectcompose.training.placeholders import Placeholders
+from objectcompose.training.trainable import select_trainable
 
 
 PROMPT = "a photo of a dog and a cat"
@@ -35,18 +43,23 @@ BOXES = ((0.05, 0.3, 0.45, 0.9), (0.55, 0.3, 0.95, 0.9))
 OBJECTS = tuple(SceneObject(phrase=name, box=box) for name, box in zip(("dog", "cat"), BOXES, strict=True))
 SIDE, MEMORY_REPEATS, MEMORY_STEPS = 64, 3, 4
 SIDES = ("plain", "ours", "naive")
+SCHEDULE_STEPS, SCHEDULE_ITERATIONS = 50, 15 * 5
+#: The text encoder of Stable Diffusion 2.1, for learning, which goes through it.
+FULL_WIDTH, FULL_TEXT_WIDTH, FULL_TEXT_LAYERS = 320, 1024, 23
 PROTOCOL = (
     "SD2-shaped UNet at 64x64 latents, float32, random weights, one picture with guidance, DDIM, to latents; text"
     " encoder of one layer on all sides. Ours: MIFOPipeline, two boxes, 15 guided of 50 steps (or as many in"
     " proportion), 5 iterations in each of them (no early stop), masks refined. Naive: whole tables with float masks"
-    " in every layer, guidance on both halves through the whole UNet, no refinement. Ratios over"
-    " StableDiffusionPipeline with the same steps, sides alternated. FLOPs at 50 steps. Memory:"
-    f" {MEMORY_STEPS} steps, one guided, in fresh processes, median of {MEMORY_REPEATS}: CUDA peak with weights; on a"
-    " CPU the peak above what was loaded."
+    " in every layer, guidance on both halves through the whole UNet, no refinement; one step and one iteration"
+    " measured, counted 50 and 75 times. Ratios over StableDiffusionPipeline with the same steps, sides alternated."
+    f" Memory: {MEMORY_STEPS} steps, one guided (naive: one step, one iteration), in fresh processes, median of"
+    f" {MEMORY_REPEATS}: CUDA peak with weights; on a CPU the peak above what was loaded. Learning: one optimizer step"
+    " of stage 1, and of stage 2 with LoRA and a class picture, on the shape of Stable Diffusion 2.1 in float32, peak"
+    " of a fresh process less what Python and its libraries hold."
 )
 
 
-def measuring_components(width: int, text_width: int, device: str) -> dict[str, Any]:
+def measuring_components(width: int, text_width: int, device: str, text_layers: int = 1) -> dict[str, Any]:
     """Components of a Stable Diffusion 2 pipeline without a VAE; random weights, seeded."""
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 77
@@ -54,7 +67,7 @@ def measuring_components(width: int, text_width: int, device: str) -> dict[str, 
         vocab_size=len(tokenizer),
         hidden_size=text_width,
         intermediate_size=text_width,
-        num_hidden_layers=1,
+        num_hidden_layers=text_layers,
         num_attention_heads=4,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -76,12 +89,15 @@ def measuring_components(width: int, text_width: int, device: str) -> dict[str, 
 def prepare_call(
     side: str, steps: int, width: int = 40, text_width: int = 96, device: str | None = None
 ) -> Callable[[], Any]:
-    """One picture to latents, as `side` does it; also for `peak_memory`."""
+    """One picture to latents, as `side` does it; also for `peak_memory`.
+
+    "naive" is `steps` steps, of which the first is guided by one iteration; "naive_step" is without it.
+    """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     components = measuring_components(width, text_width, place)
     common: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent"}
-    if side == "naive":
-        return _prepare_naive(components, steps, place)
+    if side.startswith("naive"):
+        return _prepare_naive(components, steps, int(side == "naive"), place)
     if side == "ours":
         pipeline: Any = MIFOPipeline(**components)
         common |= {"objects": list(OBJECTS), "box_control": {"stop_below": 0.0}}
@@ -91,7 +107,7 @@ def prepare_call(
     return lambda: pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **common)
 
 
-def _prepare_naive(components: dict[str, Any], steps: int, device: str) -> Callable[[], Any]:
+def _prepare_naive(components: dict[str, Any], steps: int, guided_steps: int, device: str) -> Callable[[], Any]:
     pipeline = MIFOPipeline(**components)
     pipeline.set_progress_bar_config(disable=True)
     placed = place_phrases(pipeline.tokenizer, PROMPT, list(OBJECTS), (8 * SIDE, 8 * SIDE), ("phrase",), "naive")[0]
@@ -104,25 +120,86 @@ def _prepare_naive(components: dict[str, Any], steps: int, device: str) -> Calla
         assert negative is not None
         noise = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
         text = torch.cat([negative, embeds])
-        return naive_sampling(pipeline.unet, pipeline.scheduler, noise, text, control, steps, scaled_steps(15, steps))
+        return naive_sampling(
+            pipeline.unet, pipeline.scheduler, noise, text, control, steps, guided_steps, iterations=1
+        )
 
     return run
 
 
-def flops_rows(sides: Sequence[str], steps: int, width: int, text_width: int, device: str) -> list[dict[str, Any]]:
-    """Floating-point operations of whole calls."""
+def prepare_learning(
+    stage: Literal[1, 2], width: int, text_width: int, text_layers: int, device: str | None = None
+) -> Callable[[], Any]:
+    """For `peak_memory`: one optimizer step of learning two instances; stage 2 with LoRA and a class picture."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = measuring_components(width, text_width, place, text_layers)
+    unet, encoder = parts["unet"].requires_grad_(False), parts["text_encoder"].requires_grad_(False)
+    # Only its shapes count: the real one encodes the picture once, before anything is trained.
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    ).to(place)
+    masks = torch.zeros(2, 8 * SIDE, 8 * SIDE)
+    for mask, (x0, y0, x1, y1) in zip(masks, BOXES, strict=True):
+        mask[int(y0 * 8 * SIDE) : int(y1 * 8 * SIDE), int(x0 * 8 * SIDE) : int(x1 * 8 * SIDE)] = 1
+    scene = InstanceScene(torch.zeros(3, 8 * SIDE, 8 * SIDE), masks)
+    placeholders = Placeholders(parts["tokenizer"], encoder, ["<asset0>", "<asset1>"])
+    trained = [placeholders.vectors]
+    prior = None
+    if stage == 2:
+        trained += select_trainable(unet, "lora").values()
+        prior = (torch.zeros(1, 8, SIDE, SIDE, device=place), "a photo at the beach")
+    options = MIFOLossOptions(reward_steps=0, gate=1000, prior_weight=float(stage == 2))
+    losses = MIFOLosses(
+        unet,
+        encoder,
+        DDPMScheduler.from_config(parts["scheduler"].config),
+        scene,
+        SceneLatents(scene, vae, options.sampling),
+        placeholders,
+        learning_layers(unet, (SIDE, SIDE), stage),
+        options,
+        prior,
+    )
+    optimizer = torch.optim.AdamW(trained)
+
+    def run() -> None:
+        with placeholders.in_place(), losses([Draw(0, torch.Generator().manual_seed(0))]) as found:
+            found["loss"].backward()
+        optimizer.step()
+
+    return run
+
+
+def prepare_nothing() -> Callable[[], Any]:
+    """For `peak_memory`: what Python and the libraries hold."""
+    return lambda: None
+
+
+def flops_rows(steps: int, width: int, text_width: int, device: str) -> list[dict[str, Any]]:
+    """Floating-point operations of plain sampling and of ours, and of the naive way's step and iteration."""
+    counted = (("plain", steps), ("ours", steps), ("naive", 1), ("naive_step", 1))
     return [
-        {"case": "flops", "side": side, "flops": flops(prepare_call(side, steps, width, text_width, device))}
-        for side in sides
+        {
+            "case": "flops",
+            "side": side,
+            "steps": number,
+            "flops": flops(prepare_call(side, number, width, text_width, device)),
+        }
+        for side, number in counted
     ]
 
 
 def time_rows(pairs: int, steps: int, width: int, text_width: int, device: str) -> list[dict[str, Any]]:
-    """Paired times of ours and of the naive way against plain sampling."""
-    plain, ours, naive = (prepare_call(side, steps, width, text_width, device) for side in SIDES)
+    """Paired times of ours and plain sampling, and of the naive way with and without an iteration."""
     rows = []
-    for side, run in (("ours", ours), ("naive", naive)):
-        rows += [{"case": "time", "side": side, **row} for row in paired_ratio(run, plain, pairs=pairs).rows()]
+    for side, other, number in (("ours", "plain", steps), ("naive", "naive_step", 1)):
+        run, beside = (prepare_call(name, number, width, text_width, device) for name in (side, other))
+        found = paired_ratio(run, beside, pairs=pairs).rows()
+        rows += [{"case": "time", "side": side, "steps": number, **row} for row in found]
     return rows
 
 
@@ -130,33 +207,61 @@ def memory_rows(width: int, text_width: int) -> list[dict[str, Any]]:
     """Peak memory of each side in fresh processes."""
     rows = []
     for side in SIDES * MEMORY_REPEATS:
-        arguments = {"side": side, "steps": MEMORY_STEPS, "width": width, "text_width": text_width}
-        peak = peak_memory("benchmarks.mifo:prepare_call", **arguments)
-        row = {"case": "memory", "side": side, "device": peak.device}
-        rows.append({**row, "loaded_bytes": peak.loaded_bytes, "extra_bytes": peak.extra_bytes})
+        steps = 1 if side == "naive" else MEMORY_STEPS
+        arguments = {"side": side, "steps": steps, "width": width, "text_width": text_width}
+        rows.append({"case": "memory", "side": side, **_peak("prepare_call", **arguments)})
     return rows
+
+
+def learning_rows(width: int, text_width: int, text_layers: int) -> list[dict[str, Any]]:
+    """Peak memory of learning in fresh processes."""
+    shape = {"width": width, "text_width": text_width, "text_layers": text_layers}
+    rows = [{"case": "learning", "side": "nothing", **_peak("prepare_nothing")}]
+    for stage, side in ((1, "stage1"), (2, "stage2_lora")):
+        rows.append({"case": "learning", "side": side, **shape, **_peak("prepare_learning", stage=stage, **shape)})
+    return rows
+
+
+def _peak(function: str, **arguments: Any) -> dict[str, Any]:
+    return asdict(peak_memory(f"benchmarks.mifo:{function}", **arguments))
 
 
 def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
     """All figures of the result file from its raw rows."""
     metrics: dict[str, float | bool] = {}
-    count = {row["side"]: row["flops"] for row in rows if row["case"] == "flops"}
-    for side in ("ours", "naive"):
-        if side in count:
-            metrics[f"flops_ratio.{side}"] = count[side] / count["plain"]
-        pairs = [row for row in rows if row["case"] == "time" and row["side"] == side]
-        if pairs:
-            found = ratio_of_pairs([row["seconds_a"] for row in pairs], [row["seconds_b"] for row in pairs])
-            name = f"time_ratio.{side}"
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    count = {row["side"]: row["flops"] / row["steps"] for row in cases.get("flops", [])}  # per step
+    if count:
+        metrics["flops_ratio.ours"] = count["ours"] / count["plain"]
+        naive = _schedule(count["naive"], count["naive_step"])
+        metrics["flops_ratio.naive"] = naive / (SCHEDULE_STEPS * count["plain"])
+    ours, naive_rows = ([row for row in cases.get("time", []) if row["side"] == side] for side in SIDES[1:])
+    if ours:
+        plain = [row["seconds_b"] / row["steps"] * SCHEDULE_STEPS for row in ours]
+        whole = {
+            "ours": [row["seconds_a"] / row["steps"] * SCHEDULE_STEPS for row in ours],
+            "naive": [_schedule(row["seconds_a"], row["seconds_b"]) for row in naive_rows],
+        }
+        for side, seconds in whole.items():
+            found, name = ratio_of_pairs(seconds, plain), f"time_ratio.{side}"
             metrics |= {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
-    memory = [row for row in rows if row["case"] == "memory"]
-    if memory:
+    if memory := cases.get("memory", []):
         peaks = {
             side: statistics.median(_counted_bytes(row) for row in memory if row["side"] == side) for side in SIDES
         }
         metrics |= {f"memory_ratio.{side}": peaks[side] / peaks["plain"] for side in ("ours", "naive")}
-    is_gpu = any(row.get("device") == "cuda" for row in memory)
+    peak = {row["side"]: row["loaded_bytes"] + row["extra_bytes"] for row in cases.get("learning", [])}
+    for side in ("stage1", "stage2_lora") if peak else ():
+        metrics[f"learning_peak_gib.{side}"] = (peak[side] - peak["nothing"]) / 2**30
+    is_gpu = any(row.get("device") == "cuda" for row in rows)
     return {f"gpu.{name}" if is_gpu else name: value for name, value in metrics.items()}
+
+
+def _schedule(with_iteration: float, step: float) -> float:
+    """A full schedule of the naive way, from a step with one iteration before it and a step alone."""
+    return SCHEDULE_STEPS * step + SCHEDULE_ITERATIONS * (with_iteration - step)
 
 
 def _counted_bytes(row: dict[str, Any]) -> int:
@@ -172,21 +277,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="of the timed calls, a multiple of 10")
     parser.add_argument("--width", type=int, default=40, help="channels of the first level; 320 is the full shape")
     parser.add_argument("--text-width", type=int, default=96, help="1024 is the full shape")
-    parser.add_argument("--flops-only", action="store_true", help="print FLOPs of plain sampling and ours; no file")
+    parser.add_argument("--learning", action="store_true", help="also measure learning, on the full shape")
+    parser.add_argument("--flops-only", action="store_true", help="print ratios of FLOPs; no file")
     parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
     args = parser.parse_args(argv)
-    if args.flops_only:
-        rows = flops_rows(("plain", "ours"), args.steps, args.width, args.text_width, args.device)
-    else:
-        rows = flops_rows(SIDES, 50, args.width, args.text_width, args.device)
+    rows = flops_rows(args.steps, args.width, args.text_width, args.device)
+    if not args.flops_only:
         rows += time_rows(args.pairs, args.steps, args.width, args.text_width, args.device)
         rows += memory_rows(args.width, args.text_width)
+    if args.learning:
+        rows += learning_rows(FULL_WIDTH, FULL_TEXT_WIDTH, FULL_TEXT_LAYERS)
     metrics = metrics_of_rows(rows)
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
     if args.flops_only:
         return 0
-    options = f"--device {args.device} --pairs {args.pairs} --steps {args.steps}"
+    options = (
+        f"--device {args.device} --pairs {args.pairs} --steps {args.steps}{' --learning' if args.learning else ''}"
+    )
     write_result(
         "mifo_cost_gpu" if args.device.startswith("cuda") else "mifo_cost",
         metrics,

@@ -111,8 +111,9 @@ def naive_sampling(
     num_steps: int,
     guided_steps: int,
     guidance_scale: float = 7.5,
+    iterations: int = 5,
 ) -> torch.Tensor:
-    """Sample one picture to latents, all five iterations in every guided step.
+    """Sample one picture to latents, all iterations in every guided step.
 
     Args:
         unet, scheduler: of the model.
@@ -122,6 +123,7 @@ def naive_sampling(
         num_steps: denoising steps.
         guided_steps: how many of them are guided, from the first.
         guidance_scale: of classifier-free guidance.
+        iterations: in each guided step.
     """
     options = BoxControlOptions()
     originals = dict(unet.attn_processors)
@@ -132,7 +134,7 @@ def naive_sampling(
             if step < guided_steps:
                 control.mode = "guide"
                 size = descent_step_size(step, guided_steps, *options.step_sizes)
-                for _ in range(options.iterations):
+                for _ in range(iterations):
                     with torch.enable_grad():
                         states = latents.detach().requires_grad_()
                         unet(torch.cat([states] * 2), timestep, encoder_hidden_states=text)

@@ -13,6 +13,7 @@ HELP = "Measure a model: objects found, layouts, distances, attention maps."
 COMMANDS: dict[str, str] = {
     "compbench": "objectcompose.evaluation.compbench",
     "composition": "objectcompose.evaluation.composition",
+    "disentangle": "objectcompose.evaluation.disentangle",
     "fd": "objectcompose.evaluation.frechet",
     "layout": "objectcompose.evaluation.layout",
     "map-iou": "objectcompose.evaluation.map_iou",

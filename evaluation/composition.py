@@ -1,7 +1,8 @@
 """`objectcompose evaluate composition`: are the prompted objects there, each with its identity, in layouts that vary?
 
     objectcompose evaluate composition --adapter outputs/object-prompt/weights --out outputs/composition
-    objectcompose evaluate composition --adapter outputs/object-prompt/weights --guidance exact --out outputs/guided
+    objectcompose evaluate composition --adapter outputs/object-prompt/weights --guidance exact --out outputs/guided \\
+        --lpips-weights alexnet-owt-7be5be79.pth
 
 Toybox's object sets (`toybox_object_sets`), eight pictures each, looked at by the judge, whose segmenter is another
 than the guidance's. What the figures mean is in `composition_metrics`, what poses an outline tells in `toybox_poses`.
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Model
 
 from objectcompose.errors import CheckpointError, ObjectComposeError
+from objectcompose.evaluation.composition_lpips import load_lpips, lpips_rows
 from objectcompose.evaluation.composition_metrics import composition_metrics
 from objectcompose.evaluation.composition_scorer import CompositionScorer
 from objectcompose.evaluation.generation import Picture, read_manifest, require_pictures
@@ -80,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets.add_argument("--counts", type=int, nargs="+", default=list(SET_COUNTS), metavar="N", help="objects in a set")
     sets.add_argument("--kinds", nargs="+", choices=SET_KINDS, default=list(SET_KINDS), help="of sets")
     sets.add_argument("--per-count", type=int, help="sets for each kind and number of objects; default: the split's")
+    parser.add_argument(
+        "--lpips-weights", type=Path, metavar="FILE", help="of torchvision's AlexNet, for LPIPS as diversity too"
+    )
     add_step_argument(parser)
     add_painting_arguments(parser, rounds=ROUNDS)
 
@@ -92,13 +97,15 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         ObjectComposeError: a number is out of range, or a model other than toybox is asked for.
-        CheckpointError: the adapter is missing, or was made for another base.
+        CheckpointError: the adapter or LPIPS's weights are missing, or the adapter was made for another base.
+        MissingPackageError: LPIPS needs a package that is not installed.
     """
     sets = _chosen_sets(args)
     state = process_state(args.device)
     device = args.device or str(state.device)
     # loaded first: missing weights show before hours of painting
     scorer = None if args.only == "generate" else CompositionScorer.of_toybox(device)
+    distance = None if args.lpips_weights is None else load_lpips(args.lpips_weights, device)
     pictures = paint_sets(args, sets)
     if scorer is None:
         if state.is_main_process:
@@ -106,7 +113,9 @@ def main(args: argparse.Namespace) -> int:
         return 0
     rows = score_pictures(scorer, sets, pictures, args.out / SCORE_FOLDER, args.batch_size, state)
     if state.is_main_process:
-        _report(args, scorer, sets, rows)
+        rows += [] if distance is None else lpips_rows(distance, sets, pictures)
+        scored_with = scorer.identity() if distance is None else f"{scorer.identity()} {distance.identity}"
+        _report(args, scored_with, sets, rows)
     return 0
 
 
@@ -133,19 +142,13 @@ def _chosen_sets(args: argparse.Namespace) -> dict[str, ObjectSet]:
 def paint_sets(args: argparse.Namespace, sets: dict[str, ObjectSet]) -> list[Picture]:
     """The pictures of the sets, painted where they are missing."""
     preset = active_preset()
-    guided: dict[str, Any] = {}
-    names = [args.guidance, args.image_scale]
+    names: list[Any] = [args.guidance, args.image_scale]
+    segmenter: Any = None
     if args.guidance != "off":
         place = torch.device(args.device or process_state(args.device).device)
-        grounder = Grounder(load_clipseg(toybox_path("clipseg"), device=place, dtype=torch.float32))
-        steps = 0 if args.guidance == "masks" else args.refinement_steps
-        guided = {
-            "compositional_guidance": True,
-            "segmenter": grounder,
-            "mode": "fast" if args.guidance == "fast" else "exact",
-            "refinement_steps": steps,
-        }
-        names += [grounder.identity(), steps]
+        segmenter = load_segmenter(place)
+        names += [segmenter.identity(), 0 if args.guidance == "masks" else args.refinement_steps]
+    guided = guidance_arguments(args.guidance, segmenter, args.refinement_steps)
 
     def call_arguments(records: Sequence[PromptRecord]) -> dict[str, Any]:
         return {"objects": [prompts_of_set(preset, sets[one.id], args.image_scale) for one in records], **guided}
@@ -158,6 +161,23 @@ def paint_sets(args: argparse.Namespace, sets: dict[str, ObjectSet]) -> list[Pic
         call_arguments=call_arguments,
         call_identity=json.dumps([*names, sets_digest(list(sets.values()))]),
     )
+
+
+def load_segmenter(device: torch.device) -> Grounder:
+    """What the guidance sees a picture with: toybox's CLIPSeg, which is not the judge."""
+    return Grounder(load_clipseg(toybox_path("clipseg"), device=device, dtype=torch.float32))
+
+
+def guidance_arguments(guidance: str, segmenter: Any, refinement_steps: int = REFINEMENT_STEPS) -> dict[str, Any]:
+    """Arguments of a call under one of `GUIDANCE_MODES`; none for "off"."""
+    if guidance == "off":
+        return {}
+    return {
+        "compositional_guidance": True,
+        "segmenter": segmenter,
+        "mode": "fast" if guidance == "fast" else "exact",
+        "refinement_steps": 0 if guidance == "masks" else refinement_steps,
+    }
 
 
 def load_object_prompt(args: argparse.Namespace, device: str) -> Any:
@@ -234,9 +254,7 @@ def score_pictures(
     return sorted(gather_object(mine), key=lambda row: (row["set"], row["round"], row["object"]))
 
 
-def _report(
-    args: argparse.Namespace, scorer: CompositionScorer, sets: dict[str, ObjectSet], rows: Sequence[Row]
-) -> None:
+def _report(args: argparse.Namespace, scored_with: str, sets: dict[str, ObjectSet], rows: Sequence[Row]) -> None:
     manifest = read_manifest(args.out / PICTURE_FOLDER)
     write_report(
         args.out,
@@ -248,7 +266,7 @@ def _report(
         f" cosine of {SIMILARITY_THRESHOLD:g}. Rotation and flip only where an outline tells them. 95 % bootstrap"
         " intervals over sets.",
         rows,
-        {"painted_with": manifest, "scorer": scorer.identity()},
+        {"painted_with": manifest, "scorer": scored_with},
     )
 
 

@@ -8,7 +8,8 @@ Definitions (the paper's text gives none; these are the method spec's, section 1
     CLIPcomp            Of the same pairs the cosine of CLIP's picture embeddings; 0 likewise.
     identity            Of the same pairs the cosine of the judge's identity embeddings; 0 likewise. Its floor is that
                         of the prompt with other identities of its category, its ceiling that of the same identity in
-                        another pose, both rendered alone.
+                        another pose, both rendered alone; identity_gain is identity less floor, prompt by prompt.
+                        Of an occluded reference the judge, unlike DINO and CLIP, sees the whole object.
     matching_accuracy   Share of prompts whose segment the judge finds more like this prompt than like any other
                         prompt of the set; unmatched ones count as wrong. Chance is one by the number of objects.
     category            Share of prompts whose segment the judge names as the prompt's category.
@@ -17,7 +18,12 @@ Definitions (the paper's text gives none; these are the method spec's, section 1
     diversity           Over the pictures of one set and one of its objects, where it was matched in two or more:
                         spread of the centre (root of summed variances, in sides of the picture), of the size (standard
                         deviation of log2 of the root of the area), of the rotation (circular, degrees) and of the flip
-                        (0 none, 1 half of them mirrored).
+                        (0 none, 1 half of them mirrored). `diversity` alone is the mean of those that are known, each
+                        in units of `WORLD_SPREADS`: 1 is as varied as the world itself.
+    diversity_lpips     Mean LPIPS over pairs of one set's pictures; only with its weights.
+
+Cosines and shares of `.overlapping` are over objects whose segment's box lies in another object's by more than
+`OVERLAP_SHARE`, `.apart` over all others that have a segment.
 """
 
 from __future__ import annotations
@@ -36,9 +42,13 @@ from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD, match_
 
 Row = dict[str, Any]
 #: Figures that are means over rows in [-1, 1], and those that are shares.
-COSINES = ("dino", "clip", "identity", "identity_floor", "identity_ceiling")
+COSINES = ("dino", "clip", "identity", "identity_floor", "identity_ceiling", "identity_gain")
 COSINE_NAMES = {"dino": "dino_comp", "clip": "clip_comp"}
 SHARES = ("matching_accuracy", "category", "match_rate")
+#: What eight of the world's own scenes of one set have, sets of two to four; a test measures them.
+WORLD_SPREADS = {"centre": 0.25, "size": 0.10, "rotation": 22.0, "flip": 0.73}
+#: Objects overlap when so much of the one's box lies in the other's.
+OVERLAP_SHARE = 0.1
 
 
 def pair_rows(
@@ -92,23 +102,61 @@ def composition_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     Args:
         rows: of `pair_rows` with `set`, `round`, `object`, `kind`, `count`, and where they were estimated `x`, `y`,
-            `size`, `rotation` (degrees), `flip` (0 or 1), `identity_floor` and `identity_ceiling`.
+            `size`, `rotation` (degrees), `flip` (0 or 1), `identity_floor`, `identity_ceiling` and `overlap` (share
+            of the segment's box in another one's); and rows of `lpips_rows`.
 
     Raises:
-        ObjectComposeError: no rows.
+        ObjectComposeError: no rows of objects.
     """
+    distances, rows = [row for row in rows if "lpips" in row], [with_gain(row) for row in rows if "lpips" not in row]
     if not rows:
         raise ObjectComposeError("`rows` must hold at least one object, got none.")
-    metrics = _figures(rows, "")
+    metrics = _figures(rows, "") | _mean("diversity_lpips", distances, "lpips")
     for count in sorted({row["count"] for row in rows}):
         metrics |= _figures([row for row in rows if row["count"] == count], f".n{count}")
+        of_count = [row for row in distances if row["count"] == count]
+        metrics |= _mean(f"diversity_lpips.n{count}", of_count, "lpips")
     kinds = sorted({row["kind"] for row in rows})
     for kind in kinds if len(kinds) > 1 else []:
         metrics |= _figures([row for row in rows if row["kind"] == kind], f".{kind.replace('-', '_')}")
+    placed = [row for row in rows if row.get("overlap") is not None]
+    overlapping = [row for row in placed if row["overlap"] > OVERLAP_SHARE]
+    if overlapping and len(overlapping) < len(placed):
+        metrics |= _means(overlapping, ".overlapping")
+        metrics |= _means([row for row in placed if row["overlap"] <= OVERLAP_SHARE], ".apart")
     return metrics
 
 
+def with_gain(row: Mapping[str, Any]) -> Row:
+    """The row with `identity_gain`, where identity and its floor are known."""
+    if row.get("identity") is None or row.get("identity_floor") is None:
+        return dict(row)
+    return {**row, "identity_gain": row["identity"] - row["identity_floor"]}
+
+
+def overlap_of_boxes(boxes: Sequence[Sequence[float] | None]) -> list[float | None]:
+    """Largest share of each box (xyxy) that lies in one of the others; None where there is no box."""
+
+    def shared(one: Sequence[float], other: Sequence[float]) -> float:
+        width = min(one[2], other[2]) - max(one[0], other[0])
+        height = min(one[3], other[3]) - max(one[1], other[1])
+        return max(width, 0.0) * max(height, 0.0) / max((one[2] - one[0]) * (one[3] - one[1]), 1e-12)
+
+    shares: list[float | None] = []
+    for place, box in enumerate(boxes):
+        others = [one for other, one in enumerate(boxes) if other != place and one is not None]
+        shares.append(None if box is None else max((shared(box, one) for one in others), default=0.0))
+    return shares
+
+
 def _figures(rows: Sequence[Mapping[str, Any]], ending: str) -> dict[str, float]:
+    metrics = _means(rows, ending)
+    pictures = len({(row["set"], row["round"]) for row in rows})
+    metrics[f"copies{ending}"] = sum(row["copies"] for row in rows) / pictures
+    return metrics | _diversity(rows, ending)
+
+
+def _means(rows: Sequence[Mapping[str, Any]], ending: str) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name in COSINES:
         found = [row for row in rows if row.get(name) is not None]
@@ -117,9 +165,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], ending: str) -> dict[str, float]
         found = [row for row in rows if row.get(name) is not None]
         if found:
             metrics |= share_metrics(name + ending, [row[name] for row in found], [row["set"] for row in found])
-    pictures = len({(row["set"], row["round"]) for row in rows})
-    metrics[f"copies{ending}"] = sum(row["copies"] for row in rows) / pictures
-    return metrics | _diversity(rows, ending)
+    return metrics
 
 
 def _mean(name: str, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
@@ -135,21 +181,38 @@ def _mean(name: str, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, f
 # ---- diversity
 
 
-def _diversity(rows: Sequence[Mapping[str, Any]], ending: str) -> dict[str, float]:
+def spread_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """How one object of one set varies over its pictures: a row for each that was matched in two or more.
+
+    Returns:
+        `set`, `object`, those of `centre`, `size`, `rotation` and `flip` that are known, and `diversity`, their mean
+        in units of `WORLD_SPREADS`.
+    """
     spreads: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
         "centre": (("x", "y"), centre_spread),
         "size": (("size",), size_spread),
         "rotation": (("rotation",), rotation_spread),
         "flip": (("flip",), flip_spread),
     }
+    found: list[Row] = []
+    for (label, number), group in sorted(_by_object(rows).items()):
+        known: Row = {}
+        for name, (keys, spread) in spreads.items():
+            seen = [row for row in group if all(row.get(key) is not None for key in keys)]
+            if len(seen) >= 2:
+                known[name] = spread(*([row[key] for row in seen] for key in keys))
+        if known:
+            units = [value / WORLD_SPREADS[name] for name, value in known.items()]
+            found.append({"set": label, "object": number, **known, "diversity": sum(units) / len(units)})
+    return found
+
+
+def _diversity(rows: Sequence[Mapping[str, Any]], ending: str) -> dict[str, float]:
+    found = spread_rows(rows)
     metrics: dict[str, float] = {}
-    for name, (keys, spread) in spreads.items():
-        found = []
-        for (label, _), group in sorted(_by_object(rows).items()):
-            known = [row for row in group if all(row.get(key) is not None for key in keys)]
-            if len(known) >= 2:
-                found.append({"set": label, "spread": spread(*([row[key] for row in known] for key in keys))})
-        metrics |= _mean(f"diversity_{name}{ending}", found, "spread")
+    for name in ("diversity", *WORLD_SPREADS):
+        label = name if name == "diversity" else f"diversity_{name}"
+        metrics |= _mean(label + ending, [row for row in found if name in row], name)
     return metrics
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BitImageProcessorPil, CLIPImageProcessor, CLIPVisionModelWithProjection, Dinov2Model
 
-from objectcompose.evaluation.composition_metrics import Row, pair_rows
+from objectcompose.evaluation.composition_metrics import Row, overlap_of_boxes, pair_rows
 from objectcompose.evaluation.detectors import picture_tensor
 from objectcompose.evaluation.prompt_lists import stable_number
 from objectcompose.evaluation.touching_objects import divide_touching
@@ -84,7 +84,7 @@ class CompositionScorer:
 
     def identity(self) -> str:
         """Names weights and settings: equal identities give equal rows."""
-        return f"judge-2:{self._identity} {MIN_AREA} {MIN_SCORE} {CROP_MARGIN} {FLOOR_IDENTITIES}"
+        return f"judge-3:{self._identity} {MIN_AREA} {MIN_SCORE} {CROP_MARGIN} {FLOOR_IDENTITIES}"
 
     @torch.no_grad()
     def score(self, path: Path, one: ObjectSet) -> list[Row]:
@@ -96,13 +96,17 @@ class CompositionScorer:
         picture = picture_tensor([check_picture(path, str(path)).convert("RGB")])[0]
         names = [identity.category for identity in one.identities]
         segments = divide_touching(self.judge.detect(picture[None])[0], names)
-        prompts = [one.reference(self.judge.preset, number) for number in range(len(one.identities))]
-        crops = {size: self._crops(picture, segments, prompts, size) for size in self._sides()}
-        count = len(prompts)
+        count = len(one.identities)
+        crops = {}
+        for name, size in self._sides():  # the judge knows the whole object, also where the method saw a part
+            shown = [one.reference(self.judge.preset, number, is_whole=name == "judge") for number in range(count)]
+            crops[name, size] = self._crops(picture, segments, shown, (name, size))
         cosines = {name: embedded[:count] @ embedded[count:].T for name, embedded in self._embed(crops).items()}
         is_category = [[segment.category == name for segment in segments] for name in names]
         rows = pair_rows(cosines["dino"], cosines["clip"], cosines["judge"], is_category)
-        for identity, row in zip(one.identities, rows, strict=True):
+        boxes = [None if row["segment"] is None else segments[row["segment"]].box for row in rows]
+        for identity, row, overlap in zip(one.identities, rows, overlap_of_boxes(boxes), strict=True):
+            row["overlap"] = overlap
             row["identity_floor"], row["identity_ceiling"] = self._bounds(identity)
             if row["segment"] is not None:
                 row |= self._place(identity, segments[row["segment"]])

@@ -53,9 +53,14 @@ class CropEncoder:
 
 def crop_of_box(picture: Image.Image, box: Sequence[float]) -> Image.Image:
     """What a picture shows in a box (xyxy fractions); at least one pixel."""
-    x0, y0, x1, y1 = (round(edge * side) for edge, side in zip(box, picture.size * 2, strict=True))
-    x0, y0 = min(x0, picture.width - 1), min(y0, picture.height - 1)
-    return picture.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+    return picture.crop(pixels_of_box(picture.size, box))
+
+
+def pixels_of_box(size: tuple[int, int], box: Sequence[float]) -> tuple[int, int, int, int]:
+    """A box (xyxy fractions) in pixels of a picture of this width and height: x0, y0, x1, y1; at least one pixel."""
+    x0, y0, x1, y1 = (round(edge * side) for edge, side in zip(box, size * 2, strict=True))
+    x0, y0 = min(x0, size[0] - 1), min(y0, size[1] - 1)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
 def toybox_encoders(device: str) -> list[CropEncoder]:

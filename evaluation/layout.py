@@ -2,12 +2,16 @@
 
     objectcompose evaluate layout --adapter outputs/locref/weights --out outputs/layout      # the embedded toybox
     objectcompose evaluate layout --out outputs/layout-text                                  # the prompt alone
+    objectcompose evaluate layout --adapter outputs/locref/weights --objects 10 --out outputs/layout-10
     objectcompose evaluate layout --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter my_adapter \\
         --layouts my_layouts --out outputs/layout-sd
+    objectcompose evaluate layout --model stable-diffusion-v1-5/stable-diffusion-v1-5 --layouts my_layouts \\
+        --ip-adapter ip-adapter_sd15.safetensors --image-encoder my_clip_vit_h --out outputs/layout-rival
 
 `--layouts` is a folder of layout files, each with its true scene beside it if there is one. A detector's boxes are
 held against the layout's by COCO's rules; what it finds in the true scenes is its ceiling. On toybox the judge
-detects, and layouts whose identities training shows are told from others.
+detects, and layouts whose identities training shows are told from others. Boxes that `--box-jitter` moved are what is
+painted and what is measured by, so that the ceiling says what a layout's errors cost by themselves.
 """
 
 from __future__ import annotations
@@ -34,21 +38,22 @@ from objectcompose.evaluation.crop_similarity import (
     toybox_encoders,
 )
 from objectcompose.evaluation.detectors import PRESENCE_DETECTORS, PresenceDetector, load_presence
-from objectcompose.evaluation.generation import list_pictures, paint_records, read_manifest, require_pictures
+from objectcompose.evaluation.generation import list_pictures, read_manifest, require_pictures
+from objectcompose.evaluation.layout_cases import LayoutCase, box_of, file_layouts, jittered_layouts, layouts_digest
 from objectcompose.evaluation.layout_metrics import layout_metrics
-from objectcompose.evaluation.models import EVALUATED_DTYPES, load_evaluated
-from objectcompose.evaluation.presence import (
-    PICTURE_FOLDER,
-    SAMPLING,
-    TOYBOX_SAMPLING,
-    add_painting_arguments,
-    add_step_argument,
+from objectcompose.evaluation.layout_painting import (
+    add_painter_arguments,
+    check_painter,
+    paint_layouts,
+    painter_words,
 )
+from objectcompose.evaluation.models import EVALUATED_DTYPES
+from objectcompose.evaluation.presence import PICTURE_FOLDER, add_painting_arguments, add_step_argument
 from objectcompose.evaluation.processes import groups_of_process, process_state
 from objectcompose.evaluation.prompts import check_records
 from objectcompose.evaluation.report import write_report
 from objectcompose.evaluation.row_log import RowLog
-from objectcompose.evaluation.toybox_layouts import LAYOUTS, LayoutCase, file_layouts, layouts_digest, toybox_layouts
+from objectcompose.evaluation.toybox_layouts import LAYOUTS, toybox_layouts
 from objectcompose.layout_fields import check_picture
 from objectcompose.toybox.weights import active_preset
 
@@ -58,7 +63,7 @@ MEASURE_FOLDER = "measures"
 PROTOCOL = (
     "AP of the detector's boxes against the layout's, COCO's rules, a layout's categories only; ceiling: in the true"
     " scenes. Cosines of the crop at the layout's box with the reference, both prepared alike; ceiling: in the true"
-    " scene; floor: in the scene with other identities of the same categories; leakage: crops of the other boxes. In"
+    " scene; floor: in the scene with other instances of the same categories; leakage: crops of the other boxes. In"
     " per cent, with 95 % bootstrap intervals over layouts."
 )
 
@@ -79,8 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layout")
     group.add_argument("--layouts", type=Path, metavar="DIR", help="layout files; default: toybox's")
     group.add_argument("--split", choices=tuple(LAYOUTS), default="test", help="of toybox's layouts (%(default)s)")
-    group.add_argument("--adapter", help="LocRef's, a folder or Hub id; default: none, the prompt alone is painted")
-    group.add_argument("--image-encoder", help="folder or Hub id; default: the model's own, or toybox's")
+    group.add_argument("--objects", type=int, metavar="N", help="in each of toybox's layouts; default: 1 to 4 in turn")
+    group.add_argument(
+        "--box-jitter",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="move edges of boxes by up to this of a side",
+    )
+    add_painter_arguments(parser)
     group = parser.add_argument_group("scoring")
     group.add_argument("--detector", choices=PRESENCE_DETECTORS, help="default: judge on toybox, else owlv2")
     group.add_argument("--detector-model", metavar="MODEL", help="its folder or Hub id")
@@ -102,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
         require_pictures(list_pictures(records, args.rounds, folder))
         _check_layouts(folder, cases)
     else:
-        _paint(args, cases, place, state)
+        paint_layouts(args, cases, place, state)
     if measures is None:
         return 0
     pictures = list_pictures(records, args.rounds, folder)
@@ -134,35 +146,16 @@ def chosen_cases(args: argparse.Namespace) -> list[LayoutCase]:
         raise ObjectComposeError(f"`--max-prompts` must be at least 1, got {args.max_prompts}.")
     if args.layouts is None and args.model is not None:
         raise LayoutError("`--layouts` is needed with a `--model`: toybox's layouts are for its own base.")
+    if args.layouts is not None and args.objects is not None:
+        raise LayoutError("`--objects` must not be given with `--layouts`, which have the objects that they have.")
     if args.layouts is None:
-        cases = toybox_layouts(active_preset(), args.split, args.max_prompts)
+        cases = toybox_layouts(active_preset(), args.split, args.max_prompts, args.objects)
     else:
         cases = file_layouts(args.layouts, args.max_prompts)
+    cases = jittered_layouts(cases, args.box_jitter)
     check_records([case.record for case in cases])
+    check_painter(args, cases)
     return cases
-
-
-def _paint(args: argparse.Namespace, cases: Sequence[LayoutCase], place: str, state: PartialState) -> None:
-    objects = {case.record.id: list(case.objects) for case in cases}
-    steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
-    has_adapter = args.adapter is not None
-    method = "locref" if has_adapter else "token-compose"  # without objects it is the plain pipeline
-    encoder = args.image_encoder if has_adapter else None
-    paint_records(
-        load_evaluated(args, place, method, adapter=args.adapter, image_encoder=encoder),
-        [case.record for case in cases],
-        args.out / PICTURE_FOLDER,
-        rounds=args.rounds,
-        steps=steps if args.steps is None else args.steps,
-        guidance_scale=guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        batch_size=args.batch_size,
-        call_arguments=lambda records: {"objects": [objects[record.id] for record in records]} if has_adapter else {},
-        call_identity=f"layouts {layouts_digest(cases)}" if has_adapter else f"no layouts {layouts_digest(cases)}",
-        state=state,
-    )
 
 
 def _check_layouts(folder: Path, cases: Sequence[LayoutCase]) -> None:
@@ -178,16 +171,17 @@ def _facts(case: LayoutCase, round_number: int) -> dict[str, Any]:
         "round": round_number,
         "kind": case.record.kind,
         "categories": [item.phrase for item in case.objects],
-        "boxes": [list(item.box or ()) for item in case.objects],
+        "boxes": [list(box_of(item)) for item in case.objects],
     }
 
 
 def _protocol(args: argparse.Namespace, cases: Sequence[LayoutCase], measures: _Measures) -> str:
     source = f"toybox {args.split}" if args.layouts is None else args.layouts.name
-    painted = "the prompt alone" if args.adapter is None else "LocRef"
+    source += "" if args.objects is None else f", {args.objects} objects each"
+    source += f", edges of boxes moved by up to {args.box_jitter:.0%} of a side" if args.box_jitter else ""
     return (
-        f"{PROTOCOL} {len(cases)} layouts ({source}), {args.rounds} pictures each, painted by {painted}; detector"
-        f" {measures.detector.name}."
+        f"{PROTOCOL} {len(cases)} layouts ({source}), {args.rounds} pictures each, painted by {painter_words(args)};"
+        f" detector {measures.detector.name}."
     )
 
 
@@ -238,7 +232,7 @@ class _Measures:
 
     def _measure(self, picture: Image.Image, case: LayoutCase) -> dict[str, Any]:
         [found] = self.detector.find([picture], [list(case.record.categories)])
-        crops = [crop_of_box(picture, item.box or ()) for item in case.objects]
+        crops = [crop_of_box(picture, box_of(item)) for item in case.objects]
         references = [item.image for item in case.objects]
         return {
             "found": [{"category": one.category, "score": float(one.score), "box": list(one.box)} for one in found],

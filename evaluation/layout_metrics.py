@@ -139,18 +139,138 @@ def precision_metrics(name: str, rows: Sequence[Mapping[str, Matches]], groups: 
         rows: of `matches_of_row`.
         groups: one label per row, such as its layout; rows of a group are drawn together.
     """
+    counts, names = _drawn_counts(groups), (f"{name}ap50", f"{name}ap")
+    drawn = None if counts is None else mean_precisions(rows, counts)
+    return _bounded(names, mean_precisions(rows)[0], drawn)
+
+
+def precision_differences(
+    name: str,
+    ours: Sequence[Mapping[str, Matches]],
+    theirs: Sequence[Mapping[str, Matches]],
+    groups: Sequence[object],
+) -> dict[str, float]:
+    """`ap50_diff.<name>` and `ap_diff.<name>`: ours less theirs in percentage points, from the same draws.
+
+    Args:
+        name: of the pair.
+        ours, theirs: of `matches_of_row`, row by row of the same layouts and noise.
+        groups: as in `precision_metrics`.
+    """
+    counts, names = _drawn_counts(groups), (f"ap50_diff.{name}", f"ap_diff.{name}")
+    drawn = None if counts is None else mean_precisions(ours, counts) - mean_precisions(theirs, counts)
+    return _bounded(names, (mean_precisions(ours) - mean_precisions(theirs))[0], drawn)
+
+
+def _drawn_counts(groups: Sequence[object]) -> np.ndarray | None:
+    """How often each row counts in each of the bootstrap's draws, (R, rows); None of fewer than two groups."""
     labels = list(dict.fromkeys(groups))
-    values = 100 * mean_precisions(rows)[0]
-    metrics = {f"{name}{key}": float(value) for key, value in zip(("ap50", "ap"), values, strict=True)}
     if len(labels) < 2:
-        return metrics
+        return None
     drawn = np.random.default_rng(0).multinomial(len(labels), [1 / len(labels)] * len(labels), size=RESAMPLES)
-    counts = drawn[:, [labels.index(group) for group in groups]].astype(float)
-    bounds = 100 * np.quantile(mean_precisions(rows, counts), [0.025, 0.975], axis=0)
+    place = {label: number for number, label in enumerate(labels)}
+    return drawn[:, [place[group] for group in groups]].astype(float)
+
+
+def _bounded(names: Sequence[str], values: np.ndarray, drawn: np.ndarray | None) -> dict[str, float]:
+    """Values (K,) in per cent, with the bounds of draws (R, K)."""
+    metrics = {name: 100 * float(value) for name, value in zip(names, values, strict=True)}
+    if drawn is None:
+        return metrics
+    bounds = 100 * np.nanquantile(drawn, [0.025, 0.975], axis=0)
     for (key, value), low, high in zip(list(metrics.items()), *bounds, strict=True):
         # no mean of rows: in a small sample the value itself may lie outside by a hair
         metrics |= {f"{key}.lo": min(float(low), value), f"{key}.hi": max(float(high), value)}
     return metrics
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Cosines of some pictures.
+
+    Attributes:
+        values: one for each pair of a crop and a reference.
+        layouts: the layout of each.
+    """
+
+    values: list[float]
+    layouts: list[Any]
+
+
+def cosines_of_rows(rows: Sequence[Row], encoder: str, source: str | None = None, leakage: bool = False) -> Cosines:
+    """Of crops with their own references, or, for `leakage`, with those of other boxes.
+
+    Args:
+        rows: as in `layout_metrics`.
+        encoder: of the crops.
+        source: "truth" or "rivals" of the rows; None: the painted pictures.
+        leakage: see above.
+    """
+    values: list[float] = []
+    layouts: list[Any] = []
+    for row in rows:
+        seen = row if source is None else row[source]
+        table = np.array([]) if seen is None else np.array(seen["cosines"][encoder])
+        if table.size:
+            is_own = np.eye(len(table), dtype=bool)
+            chosen = table[~is_own if leakage else is_own]
+            values += chosen.tolist()
+            layouts += [row["layout"]] * len(chosen)
+    return Cosines(values, layouts)
+
+
+def way_metrics(name: str, similar: Cosines, floor: Cosines, ceiling: Cosines) -> dict[str, float]:
+    """(similarity - floor) / (ceiling - floor) of the means, in per cent, with its bootstrap interval over layouts.
+
+    Args:
+        name: of the metric.
+        similar, floor, ceiling: of the same layouts.
+
+    Returns:
+        Nothing where the ceiling is not above the floor, which leaves no way to go.
+    """
+    labels = list(dict.fromkeys(similar.layouts))
+    counts, draws = _drawn_counts(labels), [np.ones((1, len(labels)))]
+    draws += [] if counts is None else [counts]
+    means = []
+    for one in (similar, floor, ceiling):
+        sums, sizes = np.zeros(len(labels)), np.zeros(len(labels))
+        for value, label in zip(one.values, one.layouts, strict=True):
+            sums[labels.index(label)] += value
+            sizes[labels.index(label)] += 1
+        means.append([drawn @ sums / (drawn @ sizes) for drawn in draws])
+    if (means[2][0] <= means[1][0]).any():
+        return {}
+    ways = [(own - low) / np.where(high > low, high - low, np.nan) for own, low, high in zip(*means, strict=True)]
+    return _bounded((name,), ways[0], None if counts is None else ways[1][:, None])
+
+
+def shift_metrics(name: str, left: Sequence[Row], right: Sequence[Row]) -> dict[str, float]:
+    """How far objects move with their boxes, as a share of how far the boxes move, in per cent.
+
+    Args:
+        name: of the metric.
+        left, right: rows of layouts with one object, the same ones, painted from the same noise.
+
+    Returns:
+        The mean, an object that is not found in both pictures counting as one that did not move; 100: all follow.
+    """
+    others = {(row["layout"], row["round"]): row for row in right}
+    shares = []
+    for row in left:
+        other = others[row["layout"], row["round"]]
+        before, after = _found_place(row), _found_place(other)
+        boxes = [(one["boxes"][0][0] + one["boxes"][0][2]) / 2 for one in (row, other)]
+        moved = 0.0 if before is None or after is None else after - before
+        shares.append(moved / (boxes[1] - boxes[0]))
+    return share_metrics(name, shares, [row["layout"] for row in left])
+
+
+def _found_place(row: Row) -> float | None:
+    """Horizontal centre of the best detection of the row's object; None if there is none."""
+    found = [one for one in row["found"] if one["category"] == row["categories"][0]]
+    best = max(found, key=lambda one: one["score"], default=None)
+    return None if best is None else (best["box"][0] + best["box"][2]) / 2
 
 
 def layout_metrics(rows: Sequence[Row]) -> dict[str, float]:
@@ -158,8 +278,8 @@ def layout_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
     `ap50`, `ap`: of the detector's boxes; with `ceiling.` before them: in the true scenes. For each encoder of crops:
     `similarity` of an object's box to its reference, its `ceiling` (true scene), its `floor` (the scene with other
-    identities of the same categories), and `leakage`, a box's similarity to the references of other boxes, which in
-    the true scene is `true_leakage`.
+    instances of the same categories), the `way` from floor to ceiling that it has come, and `leakage`, a box's
+    similarity to the references of other boxes, which in the true scene is `true_leakage`.
 
     Args:
         rows: one per picture: `layout`, `round`, `kind`, `categories`, `boxes`, `found`, and `cosines`, encoder to
@@ -172,15 +292,21 @@ def layout_metrics(rows: Sequence[Row]) -> dict[str, float]:
     return metrics
 
 
+def matches_of_rows(rows: Sequence[Row], source: str | None = None) -> list[dict[str, Matches]]:
+    """`matches_of_row` of each row, or of its "truth"."""
+    return [
+        matches_of_row(row["categories"], row["boxes"], (row if source is None else row[source])["found"])
+        for row in rows
+    ]
+
+
 def _metrics_of_kind(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
     once = list({row["layout"]: row for row in reversed(rows)}.values())[::-1]  # true scenes count once
-    metrics: dict[str, float] = {}
-    for name, source, counted in (("", None, rows), ("ceiling.", "truth", once)):
-        looked_at = [(row, row if source is None else row[source]) for row in counted]
-        looked_at = [(row, seen) for row, seen in looked_at if seen is not None]
-        if looked_at:
-            matches = [matches_of_row(row["categories"], row["boxes"], seen["found"]) for row, seen in looked_at]
-            metrics |= precision_metrics(f"{prefix}{name}", matches, [row["layout"] for row, _ in looked_at])
+    metrics = precision_metrics(prefix, matches_of_rows(rows), [row["layout"] for row in rows])
+    known = [row for row in once if row["truth"] is not None]
+    if known:
+        found = matches_of_rows(known, "truth")
+        metrics |= precision_metrics(f"{prefix}ceiling.", found, [row["layout"] for row in known])
     sources = (
         ("similarity", None, rows, False),
         ("ceiling", "truth", once, False),
@@ -189,16 +315,12 @@ def _metrics_of_kind(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
         ("true_leakage", "truth", once, True),
     )
     for encoder in rows[0]["cosines"]:
-        for name, source, counted, is_leakage in sources:
-            values, groups = [], []
-            for row in counted:
-                seen = row if source is None else row[source]
-                table = np.array([]) if seen is None else np.array(seen["cosines"][encoder])
-                if table.size:
-                    is_own = np.eye(len(table), dtype=bool)
-                    chosen = table[~is_own if is_leakage else is_own]
-                    values += chosen.tolist()
-                    groups += [row["layout"]] * len(chosen)
-            if values:
-                metrics |= share_metrics(f"{prefix}{encoder}.{name}", values, groups)
+        name = f"{prefix}{encoder}."
+        own: dict[str, Cosines] = {}
+        for key, source, counted, is_leakage in sources:
+            own[key] = cosines_of_rows(counted, encoder, source, is_leakage)
+            if own[key].values:
+                metrics |= share_metrics(f"{name}{key}", own[key].values, own[key].layouts)
+        if {*own["similarity"].layouts} == {*own["floor"].layouts} == {*own["ceiling"].layouts}:
+            metrics |= way_metrics(f"{name}way", own["similarity"], own["floor"], own["ceiling"])
     return metrics

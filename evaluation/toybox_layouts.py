@@ -1,84 +1,116 @@
-"""Layouts to be measured by: prompts with boxes and references, true scenes, and scenes of look-alikes.
+"""Toybox's layouts: prompts with boxes and references, true scenes, and scenes of look-alikes.
 
-Those of toybox are a fixed list: scenes of splits that nothing was trained on, whose references show the identities in
-another pose. Half of the layouts have identities that no training shows.
+They are fixed lists: scenes of splits that nothing was trained on, whose references show the identities in another
+pose. Half of the layouts have identities that no training shows. Beside the lists for tuning ("dev") and for results
+("test") there is one with a single object on the left, and the same with it on the right ("left", "right"); and the
+first two can be had with any number of objects up to 20 in each layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations, count
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from objectcompose.errors import LayoutError, ObjectComposeError
+from objectcompose.errors import ObjectComposeError
+from objectcompose.evaluation.layout_cases import LayoutCase
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.toybox_prompts import split_of_categories
-from objectcompose.layout import SceneObject, load_layout
-from objectcompose.layout_fields import check_picture
+from objectcompose.layout import SceneObject
+from objectcompose.pipelines.reference_scenes import MAX_LOCREF_OBJECTS
+from objectcompose.toybox.backgrounds import sample_background
 from objectcompose.toybox.categories import Preset
-from objectcompose.toybox.identities import sample_identity
-from objectcompose.toybox.scenes import SceneBatch, SceneSpec, render_scenes, sample_scene
+from objectcompose.toybox.identities import Identity, sample_identity
+from objectcompose.toybox.scenes import (
+    MAX_OBJECTS,
+    Pose,
+    SceneBatch,
+    SceneSpec,
+    list_objects,
+    render_scenes,
+    sample_pose,
+    sample_scene,
+)
 from objectcompose.training.box_crops import overlap
 from objectcompose.training.reference_samples import pil_picture, reference_views
 from objectcompose.training.toybox_data import SPLIT_SEEDS
 
 
+LEFT, RIGHT = "left", "right"
 #: Layouts of each split.
-LAYOUTS = {"dev": 24, "test": 96}
+LAYOUTS = {"dev": 24, "test": 96, LEFT: 32, RIGHT: 32}
 #: Numbers of objects, in turn.
 OBJECT_NUMBERS = (1, 2, 3, 4)
 SEEN, UNSEEN = "seen", "unseen"
 #: Every object shows at least this share of the picture, and no two boxes overlap more than this.
 LEAST_SHOWN, LARGEST_OVERLAP = 0.02, 0.3
-_FIRST_SCENE = 500_000  # of a split; lower numbers are scenes of other figures
+#: Of the canvas: sides of a drawing's square on the left or right, and where its centre is.
+_SIDE_DIAMETER, _SIDE_CENTRES = 0.5, {LEFT: 0.25, RIGHT: 0.75}
+#: More objects than a scene has stand in rows and columns, in squares of this share of a column's width.
+_CROWD_DIAMETER = 1.1
+# first scenes of a split's lists; lower numbers are scenes of other figures
+_FIRST_SCENE, _FIRST_SIDE, _FIRST_CROWD, _CROWD_STEP = 500_000, 600_000, 700_000, 10_000
 
 
-@dataclass(frozen=True, eq=False)
-class LayoutCase:
-    """One layout.
-
-    Attributes:
-        record: prompt, categories, and `kind` "seen" or "unseen" (empty for layouts from files).
-        objects: with `phrase` (the category), `image` and `box`.
-        truth: the scene that the boxes are from; None where there is none.
-        rivals: the same scene with other identities of the same categories; None likewise.
-    """
-
-    record: PromptRecord
-    objects: tuple[SceneObject, ...]
-    truth: Image.Image | None = None
-    rivals: Image.Image | None = None
-
-
-def toybox_layouts(preset: Preset, split: str, limit: int | None = None) -> list[LayoutCase]:
-    """A split's layouts: 1 to 4 objects in turn, seen and unseen identities in turn.
+def toybox_layouts(
+    preset: Preset, split: str, limit: int | None = None, objects: int | None = None
+) -> list[LayoutCase]:
+    """A split's layouts, seen and unseen identities in turn.
 
     Args:
         preset: the world.
-        split: "dev" or "test"; no two or more categories are together in both.
+        split: "dev" or "test": of no more than 5 objects, no two or more categories are together in both; "left" or
+            "right": one object each, equal ids and equal objects in both.
         limit: only the first ones.
+        objects: in each layout of "dev" or "test", 1 to 20; None: 1 to 4 in turn. Beyond 5 they are small, stand in
+            rows and columns, and categories come again; the prompt names each category once.
 
     Raises:
-        ObjectComposeError: an unknown split.
+        ObjectComposeError: an unknown split, or a number that it cannot have.
     """
     if split not in LAYOUTS:
         raise ObjectComposeError(f"`split` must be one of {', '.join(LAYOUTS)}, got {split!r}.")
-    total = LAYOUTS[split] if limit is None else min(limit, LAYOUTS[split])
-    return [_toybox_case(preset, split, number) for number in range(total)]
+    is_side = split in (LEFT, RIGHT)
+    if objects is not None and (is_side or not 1 <= objects <= MAX_LOCREF_OBJECTS):
+        most = 1 if is_side else MAX_LOCREF_OBJECTS
+        raise ObjectComposeError(f"`objects` must lie in [1, {most}] for {split!r}, and be left out for 1.")
+    numbers = range(LAYOUTS[split] if limit is None else min(limit, LAYOUTS[split]))
+    if is_side:
+        return [_side_case(preset, split, number) for number in numbers]
+    return [_split_case(preset, split, number, objects) for number in numbers]
 
 
-def _toybox_case(preset: Preset, split: str, number: int) -> LayoutCase:
-    objects = OBJECT_NUMBERS[number // 2 % len(OBJECT_NUMBERS)]
+def _split_case(preset: Preset, split: str, number: int, objects: int | None) -> LayoutCase:
     kind = (SEEN, UNSEEN)[number % 2]
-    spec, scene = _first_usable_scene(preset, split, number, objects, kind == UNSEEN)
-    rng = np.random.default_rng((SPLIT_SEEDS[split], _FIRST_SCENE + number, 1))
+    first, name = _FIRST_SCENE, f"{split}-layout-{number:03d}"
+    if objects is not None:
+        first, name = _FIRST_CROWD + _CROWD_STEP * objects, f"{split}-{objects}-objects-{number:03d}"
+    seed = (SPLIT_SEEDS[split], first + number)
+    if objects is not None and objects > MAX_OBJECTS:
+        spec = _crowd(preset, np.random.default_rng((*seed, 0)), objects, kind == UNSEEN)
+        scene = render_scenes(preset, [spec])
+    else:
+        wanted = objects or OBJECT_NUMBERS[number // 2 % len(OBJECT_NUMBERS)]
+        spec, scene = _first_usable_scene(preset, split, seed, wanted, kind == UNSEEN)
+    return _case_of_scene(preset, name, kind, spec, scene, np.random.default_rng((*seed, 1)))
+
+
+def _side_case(preset: Preset, side: str, number: int) -> LayoutCase:
+    kind, category = (SEEN, UNSEEN)[number % 2], preset.categories[number // 2 % len(preset.categories)]
+    rng = np.random.default_rng((SPLIT_SEEDS["test"], _FIRST_SIDE + number))
+    identity = sample_identity(preset, category, rng, unseen=kind == UNSEEN)
+    pose = dataclasses.replace(sample_pose(rng, _SIDE_DIAMETER), x=_SIDE_CENTRES[side])
+    spec = SceneSpec((identity,), (pose,), sample_background(rng), f"a photo of {list_objects([category])}")
+    return _case_of_scene(preset, f"side-{number:03d}", kind, spec, render_scenes(preset, [spec]), rng)
+
+
+def _case_of_scene(
+    preset: Preset, name: str, kind: str, spec: SceneSpec, scene: SceneBatch, rng: np.random.Generator
+) -> LayoutCase:
+    """References from `rng`, then the rivals."""
     views = reference_views(preset, list(spec.identities), rng, background_share=0.0)
     others = []
     for identity in spec.identities:
@@ -89,7 +121,7 @@ def _toybox_case(preset: Preset, split: str, number: int) -> LayoutCase:
     rivals = render_scenes(preset, [dataclasses.replace(spec, identities=tuple(others))])
     categories = tuple(identity.category for identity in spec.identities)
     return LayoutCase(
-        PromptRecord(f"{split}-layout-{number:03d}", spec.caption, categories, kind),
+        PromptRecord(name, spec.caption, tuple(dict.fromkeys(categories)), kind),
         tuple(
             SceneObject(phrase=category, image=view, box=box)
             for category, view, box in zip(categories, views, scene.boxes[0].tolist(), strict=True)
@@ -100,17 +132,17 @@ def _toybox_case(preset: Preset, split: str, number: int) -> LayoutCase:
 
 
 def _first_usable_scene(
-    preset: Preset, split: str, number: int, objects: int, unseen: bool
+    preset: Preset, split: str, seed: Sequence[int], objects: int, unseen: bool
 ) -> tuple[SceneSpec, SceneBatch]:
     """The first of a row of scenes that shows all its objects well enough, each with a box of its own."""
     for trial in count():
-        assert trial < 10_000, f"{split} layout {number} finds no scene"
-        seed = (SPLIT_SEEDS[split], _FIRST_SCENE + number, 0, trial)
-        rng = np.random.default_rng(seed)
+        assert trial < 10_000, f"{split} layout {seed} finds no scene"
+        drawn = (*seed, 0, trial)
+        rng = np.random.default_rng(drawn)
         categories = [str(name) for name in rng.choice(preset.categories, size=objects, replace=False)]
         if objects > 1 and split_of_categories(preset, categories) != split:
             continue
-        spec = sample_scene(preset, seed, categories, unseen=unseen)
+        spec = sample_scene(preset, drawn, categories, unseen=unseen)
         scene = render_scenes(preset, [spec])
         overlaps = [overlap(*pair) for pair in combinations(scene.boxes[0].tolist(), 2)]
         if scene.visible[0].mean((1, 2)).min() >= LEAST_SHOWN and max(overlaps, default=0) <= LARGEST_OVERLAP:
@@ -118,45 +150,19 @@ def _first_usable_scene(
     raise AssertionError
 
 
-def file_layouts(folder: Path, limit: int | None = None) -> list[LayoutCase]:
-    """Layouts from files: every `<name>.json` of a folder, its true scene beside it as `<name>.png` or `.jpg`, if any.
-
-    Args:
-        folder: of files that `save_layout` writes; all objects have `phrase`, `image` and `box`.
-        limit: only the first ones, by name.
-
-    Raises:
-        LayoutError: there is none, or one lacks what is needed.
-        ImageInputError: a picture cannot be read.
-    """
-    paths = sorted(folder.glob("*.json"))[:limit]
-    if not paths:
-        raise LayoutError(f"`--layouts` {folder} must hold layout files (*.json), got none.")
-    cases = []
-    for path in paths:
-        layout = load_layout(path)
-        for index, item in enumerate(layout.objects):
-            missing = [name for name in ("phrase", "image", "box") if getattr(item, name) is None]
-            if missing:
-                raise LayoutError(
-                    f"`{path}` must give every object a phrase, an image and a box; objects[{index}]"
-                    f" lacks {', '.join(missing)}."
-                )
-        if not layout.objects:
-            raise LayoutError(f"`{path}` must have at least one object, got none.")
-        categories = tuple(dict.fromkeys(item.phrase or "" for item in layout.objects))
-        truths = [path.with_suffix(suffix) for suffix in (".png", ".jpg") if path.with_suffix(suffix).is_file()]
-        truth = check_picture(truths[0], str(truths[0])).convert("RGB") if truths else None
-        cases.append(LayoutCase(PromptRecord(path.stem, layout.prompt, categories), tuple(layout.objects), truth))
-    return cases
-
-
-def layouts_digest(cases: Sequence[LayoutCase]) -> str:
-    """64 hex digits that change with any prompt, box, strength, order or reference."""
-    digest = hashlib.sha256()
-    for case in cases:
-        digest.update(json.dumps([case.record.id, case.record.text]).encode())
-        for item in case.objects:
-            facts = [item.phrase, item.box, item.scale, item.order, item.image.mode, item.image.size]
-            digest.update(json.dumps(facts).encode() + item.image.tobytes())
-    return digest.hexdigest()
+def _crowd(preset: Preset, rng: np.random.Generator, objects: int, unseen: bool) -> SceneSpec:
+    """Many objects in rows and columns, some places free if there are more; categories as evenly as they go."""
+    columns = math.ceil(math.sqrt(objects))
+    rows = math.ceil(objects / columns)
+    names: list[str] = []
+    while len(names) < objects:
+        names += [str(name) for name in rng.permutation(preset.categories)]
+    identities: list[Identity] = []
+    poses: list[Pose] = []
+    for name, cell in zip(names, rng.permutation(rows * columns).tolist()[:objects], strict=False):
+        row, column = divmod(cell, columns)
+        identities.append(sample_identity(preset, name, rng, unseen))
+        pose = sample_pose(rng, _CROWD_DIAMETER / columns)
+        poses.append(dataclasses.replace(pose, x=(column + 0.5) / columns, y=(row + 0.5) / rows))
+    caption = f"a photo of {list_objects(list(dict.fromkeys(names[:objects])))}"
+    return SceneSpec(tuple(identities), tuple(poses), sample_background(rng), caption)

@@ -6,6 +6,7 @@ A set is a prompt and two to six identities, each with a reference picture in a 
     unseen       the same with identities that training never shows
     unseen-pair  a pair of categories is among them that training never shows together
     look-alikes  recolourings of one drawing, hues evenly apart, so that only colours tell them apart
+    occluded     as seen, but each reference is the visible part of an object that another one hides a third of
 
 Categories are chosen by SHA-256 and identities by numpy from a seed of the set's own; no set is in both splits.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from itertools import combinations, count
 
 import numpy as np
+import torch
 from PIL import Image
 
 from objectcompose.errors import ObjectComposeError
@@ -24,13 +26,16 @@ from objectcompose.evaluation.prompt_lists import stable_number, stable_sample
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.toybox.categories import Preset, held_out_drawings, held_out_pairs
 from objectcompose.toybox.identities import HELD_OUT_HUES, Identity, sample_identity
-from objectcompose.toybox.scenes import list_objects, render_references
+from objectcompose.toybox.scenes import Pose, list_objects, render_objects, render_references
 
 
-SET_KINDS = ("seen", "unseen", "unseen-pair", "look-alikes")
+SET_KINDS = ("seen", "unseen", "unseen-pair", "look-alikes", "occluded")
 SET_COUNTS = (2, 3, 4, 5, 6)
 #: Sets for each kind and number of objects.
 SETS_PER_COUNT = {"dev": 2, "test": 4}
+#: Share of an object that is hidden on its reference picture, as nearly as places of the other one allow.
+HIDDEN_SHARE = 1 / 3
+_HIDING_DISTANCES = tuple(0.08 * place for place in range(10))  # of the centres, in sides of the picture
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,46 @@ class ObjectSet:
     record: PromptRecord
     identities: tuple[Identity, ...]
 
-    def reference(self, preset: Preset, number: int, pose: int = 0) -> Image.Image:
-        """The reference picture of one object: RGBA, at the preset's size; another `pose` shows it in another one."""
+    def reference(self, preset: Preset, number: int, pose: int = 0, is_whole: bool = False) -> Image.Image:
+        """The reference picture of one object: RGBA, at the preset's size; another `pose` shows it in another one.
+
+        Of an occluded set it shows what is seen of the object, unless `is_whole`.
+        """
         seed = stable_number("reference", self.record.id, number, pose) % 2**31
-        return reference_picture(preset, self.identities[number], seed)
+        picture = reference_picture(preset, self.identities[number], seed)
+        if self.record.kind != "occluded" or is_whole:
+            return picture
+        return occluded_picture(preset, picture, self.identities[number].category, seed)
 
 
 def reference_picture(preset: Preset, identity: Identity, seed: int) -> Image.Image:
     """An identity alone in a pose that follows from the seed: RGBA."""
     rendered = render_references(preset, [identity], [seed])[0]
     return Image.fromarray((rendered * 255).round().byte().permute(1, 2, 0).numpy(), "RGBA")
+
+
+def occluded_picture(preset: Preset, picture: Image.Image, category: str, seed: int) -> Image.Image:
+    """What is left of a cut-out behind another object, about a third of it missing.
+
+    Args:
+        preset: the world.
+        picture: RGBA cut-out.
+        category: of what it shows; the object before it is of another one.
+        seed: decides which, and from which side it comes.
+    """
+    rng = np.random.default_rng((seed, 11))
+    others = [name for name in preset.categories if name != category]
+    before = sample_identity(preset, others[int(rng.integers(len(others)))], rng)
+    angle, turn = rng.uniform(0, 2 * np.pi), float(rng.uniform(-60, 60))
+    places = [(0.5 + away * np.cos(angle), 0.5 + away * np.sin(angle)) for away in _HIDING_DISTANCES]
+    poses = [Pose(float(x), float(y), diameter=0.72, rotation=turn) for x, y in places]
+    cover = render_objects(preset, [before] * len(poses), poses, picture.width)[:, 3]
+    alpha = torch.from_numpy(np.array(picture.getchannel("A"), dtype=np.float32)) / 255
+    hidden = (cover * alpha).flatten(1).sum(1) / alpha.sum()
+    left = alpha * (1 - cover[int((hidden - HIDDEN_SHARE).abs().argmin())])
+    shown = picture.copy()
+    shown.putalpha(Image.fromarray((left * 255).round().byte().numpy()))
+    return shown
 
 
 def toybox_object_sets(

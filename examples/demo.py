@@ -3,8 +3,8 @@
     python -m objectcompose.examples.demo
 
 Writes `outputs/demo/gallery.png` (the pictures, where each phrase was looked at, and which objects an independent
-judge finds; then the same prompts and noise after TokenCompose's fine-tuning) and `outputs/demo/report.json` (prompts,
-seeds, the judge's findings, seconds). Nothing is downloaded.
+judge finds; the same prompts and noise after TokenCompose's fine-tuning; then a row for each of the other methods) and
+`outputs/demo/report.json` (prompts, seeds, the judge's findings, seconds). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.errors import ObjectComposeError
+from objectcompose.examples import demo_locref, demo_mifo, demo_object_prompt
 from objectcompose.examples.gallery import GalleryRow, save_gallery
+from objectcompose.examples.progress import step_counter
 from objectcompose.files import write_atomically
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.generate import load_checkpoint
@@ -43,6 +45,26 @@ DEMO_SEEDS = (11, 12)
 TUNED_SCENES = (3, 4)  # of `DEMO_SCENES`, painted again after TokenCompose's fine-tuning
 DEMO_STEPS, DEMO_GUIDANCE = 20, 5.0
 _COUNT_WORDS = {1: "One object", 2: "Two objects", 3: "Three objects"}
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A row of a method with weights of its own.
+
+    Attributes:
+        paint: from pipeline, judge, seeds, steps and progress to the row and its entries of the report.
+        runs: how often each picture is sampled; `progress` counts them all.
+    """
+
+    paint: Callable[[Any, Any, Sequence[int], int, Any], tuple[GalleryRow, list[dict[str, Any]]]]
+    runs: int
+
+
+METHOD_ROWS = (
+    MethodRow(demo_locref.locref_row, demo_locref.DEMO_RUNS),
+    MethodRow(demo_object_prompt.object_prompt_row, demo_object_prompt.DEMO_RUNS),
+    MethodRow(demo_mifo.mifo_row, demo_mifo.DEMO_RUNS),
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +90,6 @@ def pictures_to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
 def paint_scene(pipeline: Any, scene: DemoScene, progress: Any, steps: int = DEMO_STEPS) -> ComposeOutput:
     """One picture per seed with the attention of each object's phrase; `progress` counts pictures times steps."""
 
-    def count_step(_pipeline: Any, _step: int, _timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress.update(len(DEMO_SEEDS))
-        return tensors
-
     return pipeline(
         scene.prompt,
         num_inference_steps=steps,
@@ -80,7 +98,7 @@ def paint_scene(pipeline: Any, scene: DemoScene, progress: Any, steps: int = DEM
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in DEMO_SEEDS],
         objects=[SceneObject(phrase=name) for name in scene.categories],
         return_attention=True,
-        callback_on_step_end=count_step,
+        callback_on_step_end=step_counter(progress, len(DEMO_SEEDS)),
     )
 
 
@@ -179,6 +197,7 @@ def run_demo(
     out: Path,
     steps: int = DEMO_STEPS,
     tuned_scenes: Sequence[int] = TUNED_SCENES,
+    methods: Sequence[MethodRow] = METHOD_ROWS,
 ) -> dict[str, Any]:
     """Paint, judge and write everything; returns the report.
 
@@ -190,13 +209,15 @@ def run_demo(
         out: folder of gallery and report.
         steps: of denoising.
         tuned_scenes: numbers of the scenes that are painted again with the tuning.
+        methods: rows that follow.
     """
     started = time.perf_counter()
     pipeline.set_progress_bar_config(disable=True)  # one bar for the whole demo instead
     outputs, entries, tuned_outputs, tuned_entries = [], [], [], []
     chosen = [scenes[number] for number in tuned_scenes]
-    total = (len(scenes) + len(chosen)) * len(DEMO_SEEDS) * steps
-    with tqdm(total=total, desc="painting", unit="step") as progress:
+    runs = len(scenes) + len(chosen) + sum(method.runs for method in methods)
+    method_rows, method_entries = [], []
+    with tqdm(total=runs * len(DEMO_SEEDS) * steps, desc="painting", unit="step") as progress:
         for scene in scenes:
             output, found = paint_and_judge(pipeline, judge, scene, progress, steps, "base")
             outputs.append(output)
@@ -207,11 +228,15 @@ def run_demo(
             tuned_outputs.append(output)
             tuned_entries.append(found)
         tuning.detach(pipeline.unet)
+        for method in methods:
+            row, found = method.paint(pipeline, judge, DEMO_SEEDS, steps, progress)
+            method_rows.append(row)
+            method_entries.append(found)
     rows = gallery_rows(scenes, outputs, entries)
     before, before_entries = [outputs[number] for number in tuned_scenes], [entries[number] for number in tuned_scenes]
     rows.append(comparison_row(before, tuned_outputs, before_entries, tuned_entries))
-    save_gallery(rows, out / "gallery.png", headline="objectcompose: several objects in one picture")
-    flat = [entry for found in [*entries, *tuned_entries] for entry in found]
+    save_gallery([*rows, *method_rows], out / "gallery.png", headline="objectcompose: several objects in one picture")
+    flat = [entry for found in [*entries, *tuned_entries, *method_entries] for entry in found]
     return write_report(out / "report.json", flat, steps, time.perf_counter() - started)
 
 

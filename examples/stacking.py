@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = {"dog": (0.03, 0.38, 0.47, 0.86), learned: (0.55, 0.15, 0.97, 0.60)}
     prompt = f"a photo of a dog and {learned}"
 
-    def paint(**options: object) -> object:
+    def paint(**options: Any) -> Any:
         generator = torch.Generator("cpu").manual_seed(0)
         return pipe(prompt, num_inference_steps=args.steps, guidance_scale=5.0, generator=generator, **options)
 

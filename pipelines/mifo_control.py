@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -97,6 +98,8 @@ class MIFOBoxControl:
         self.objects = objects
         self.options = box_control_options(options)
         self.loss_layers, self.map_layers = loss_layers, map_layers
+        # By call, so that what was checked is not found anew; gone as soon as the call is over.
+        self._found: WeakKeyDictionary[CallArguments, list[ControlledPrompt]] = WeakKeyDictionary()
 
     def check(self, pipeline: Any, call: CallArguments) -> None:
         """Refuse what cannot be controlled, before any model runs.
@@ -116,6 +119,11 @@ class MIFOBoxControl:
             RegionError: two objects have the same cells, or there are too many for the grid of the maps.
             LayerNotFoundError, PartConflictError: the layers do not exist or cannot be controlled.
         """
+        if call not in self._found:
+            self._found[call] = self._find_prompts(pipeline, call)
+        return self._found[call]
+
+    def _find_prompts(self, pipeline: Any, call: CallArguments) -> list[ControlledPrompt]:
         texts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
         canvas = pipeline.latent_size(call.height, call.width)
         rows = as_scene_objects(self.objects, 1 if texts is None else len(texts))

@@ -5,7 +5,7 @@ Plain functions on a scene's references, so that training builds what sampling b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from objectcompose.adapters.locref_adapter import box_features
+from objectcompose.attention_processors.branch import KeysValues
 from objectcompose.attention_processors.reference_fusion import FusionSettings, fusion_parts
 from objectcompose.attention_processors.regions import RegionPyramid, RegionPyramidBatch
 from objectcompose.errors import MissingFieldError, ObjectComposeError
@@ -167,10 +168,14 @@ def scene_parts(
     keys_values = adapter(references, composite)
 
     own = [row for row in range(len(scenes)) for _ in range(repeats)]  # scene of each picture
-    picked = [0] * len(own) + [row + 1 for row in own] if with_nulls else own
-    rows = torch.tensor(picked, device=references.device)
+    rows = torch.tensor(own, device=references.device)
+    counts = {"references": references.shape[1], "composite": 1}
+    if adapter.config.composite == "coordinates":
+        counts["composite"] = references.shape[1]
     keys_values = {
-        kind: {layer: (key[rows], value[rows]) for layer, (key, value) in layers.items()}
+        kind: GuidedKeysValues(layers, rows, counts[kind])
+        if with_nulls
+        else {layer: (key[rows], value[rows]) for layer, (key, value) in layers.items()}
         for kind, layers in keys_values.items()
     }
     of_rows = [scenes[row] for row in own] * (2 if with_nulls else 1)
@@ -184,6 +189,40 @@ def scene_parts(
             rows=None if with_nulls else slice(-len(own), None),
         )
     )
+
+
+class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
+    """Keys and values of `[uncond, cond]` rows, put together when a layer asks for its own.
+
+    Null pictures are alike in all rows and for all objects, so that one of them is kept: about half of the memory.
+
+    Args:
+        keys_values: per layer keys and values `(1 + B, N * T, C)`; the first row is that of null pictures.
+        rows: the scene of each picture, `(n,)`, numbers in [0, B).
+        num_objects: N.
+    """
+
+    def __init__(self, keys_values: KeysValues, rows: torch.Tensor, num_objects: int):
+        self._num_objects = num_objects
+        # copies, since a view would keep all of what it looks into
+        self._nulls = {
+            layer: tuple(one[:1, : one.shape[1] // num_objects].clone() for one in pair)
+            for layer, pair in keys_values.items()
+        }
+        self._shown = {layer: (key[rows + 1], value[rows + 1]) for layer, (key, value) in keys_values.items()}
+
+    def __getitem__(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = (
+            torch.cat([null.repeat(len(shown), self._num_objects, 1), shown])
+            for null, shown in zip(self._nulls[layer], self._shown[layer], strict=True)
+        )
+        return key, value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shown)
+
+    def __len__(self) -> int:
+        return len(self._shown)
 
 
 def _zero_row_first(vectors: torch.Tensor) -> torch.Tensor:

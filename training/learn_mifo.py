@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DDPMScheduler
@@ -46,13 +46,13 @@ from objectcompose.training.mifo_losses import (
 from objectcompose.training.mifo_scene import InstanceScene, make_scene, masks_of_phrases, scene_files
 from objectcompose.training.placeholders import Placeholders
 from objectcompose.training.runs import start_run
-from objectcompose.training.trainable import select_trainable
+from objectcompose.training.trainable import LoraLayers, select_trainable
 
 
 #: What the first stage does not depend on.
 _STAGE2_OPTIONS = frozenset({
     "stage2_steps", "stage2_learning_rate", "prior_weight", "class_prompt", "class_pictures", "class_steps",
-    "train_modules", "lora_rank",
+    "train_modules", "lora_rank", "lora_layers",
 })  # fmt: skip
 
 
@@ -88,6 +88,9 @@ def create_parser() -> argparse.ArgumentParser:
     second.add_argument("--prior_weight", type=float, default=1.0, help="of the class pictures' denoising loss")
     second.add_argument("--class_prompt", default="a photo at the beach", help="of the class pictures")
     second.add_argument("--class_pictures", type=int, default=100, help="painted by the base before stage 2")
+    second.add_argument(
+        "--lora_layers", choices=get_args(LoraLayers), default="cross", help="that --train_modules lora is on"
+    )
     second.add_argument("--class_steps", type=int, default=20, help="denoising steps of a class picture")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time, same result")
     add_loop_arguments(
@@ -245,7 +248,7 @@ class Learning:
         if args.prior_weight:
             with self.accelerator.main_process_first():
                 prior = (class_moments(pipeline, args, self.size), args.class_prompt)
-        trained = select_trainable(pipeline.unet, args.train_modules, args.lora_rank)
+        trained = select_trainable(pipeline.unet, args.train_modules, args.lora_rank, args.lora_layers)
         parameters = {f"unet.{name}": parameter for name, parameter in trained.items()}
         if args.train_modules == "unet":
             table = pipeline.text_encoder.get_input_embeddings().weight

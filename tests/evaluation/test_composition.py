@@ -58,10 +58,10 @@ def test_the_lists_are_what_they_were():
         for split in SETS_PER_COUNT
     }
     assert digests == {
-        ("cpu", "dev"): "8a424bd3",
-        ("cpu", "test"): "1b3d357b",
-        ("gpu", "dev"): "027ad510",
-        ("gpu", "test"): "16af78d2",
+        ("cpu", "dev"): "25b992f9",
+        ("cpu", "test"): "9f0e8a0a",
+        ("gpu", "dev"): "5f0ba341",
+        ("gpu", "test"): "3ec82be3",
     }
 
 
@@ -73,7 +73,7 @@ def test_sets_are_of_their_kinds(name):
     for split, per_count in SETS_PER_COUNT.items():
         sets = toybox_object_sets(preset, split)
         assert len(sets) == per_count * len(SET_KINDS) * len(SET_COUNTS)
-        assert {(one.record.kind, len(one.identities)) for one in sets[:20]} == {
+        assert {(one.record.kind, len(one.identities)) for one in sets[:25]} == {
             (kind, count) for kind in SET_KINDS for count in SET_COUNTS
         }
         for one in sets:
@@ -328,6 +328,7 @@ def test_what_the_command_refuses(adapter, tmp_path, capsys):
         (["--adapter", adapter, "--image-scale", "-1"], "--image-scale"),
         (["--adapter", adapter, "--refinement-steps", "-1"], "--refinement-steps"),
         (["--adapter", adapter, "--max-prompts", "0"], "--max-prompts"),
+        (["--adapter", adapter, "--lpips-weights", tmp_path / "none.pth"], "none.pth"),
         (["--adapter", tmp_path / "none"], "none"),
         (["--adapter", tmp_path / "other"], "adapter"),
         (["--only", "score"], "pictures"),

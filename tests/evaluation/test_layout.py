@@ -1,40 +1,31 @@
-"""`objectcompose evaluate layout`: precision against COCO's own code, cosines by hand, layouts, the command."""
+"""`objectcompose evaluate layout`: precision against COCO's own code, cosines and moves by hand, the command."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 
 import numpy as np
 import pytest
-import torch
 from diffusers import UNet2DConditionModel
-from PIL import Image
 
 from objectcompose.__main__ import main
 from objectcompose.adapters.locref_adapter import LocRefAdapter
-from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
-from objectcompose.evaluation.crop_similarity import crop_of_box, toybox_encoders
+from objectcompose.errors import CheckpointError
 from objectcompose.evaluation.layout_metrics import (
     average_precisions,
     layout_metrics,
     match_boxes,
     matches_of_row,
+    matches_of_rows,
     mean_precisions,
+    precision_differences,
+    shift_metrics,
 )
-from objectcompose.evaluation.toybox_layouts import (
-    LARGEST_OVERLAP,
-    file_layouts,
-    layouts_digest,
-    toybox_layouts,
-)
-from objectcompose.layout import Layout, SceneObject, save_layout
+from objectcompose.evaluation.toybox_layouts import toybox_layouts
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.weights import toybox_path
-from objectcompose.training.box_crops import overlap
-from tests.pipelines.conformance.rows import picture
 
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -155,92 +146,40 @@ def test_metrics_by_hand():
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-6), name
     assert metrics["ap50.lo"] <= metrics["ap50"] <= metrics["ap50.hi"]
+    assert metrics["seen.dino.way"] == pytest.approx(100 * (60 - 30) / (85 - 30))
+    assert metrics["dino.way.lo"] < metrics["dino.way"] < metrics["dino.way.hi"]
     assert "unseen.ap50.lo" not in metrics  # one layout has no interval
     bare = layout_metrics([row("a", "", [[0.8, 0.3], [0.1, 0.6]], truth=False)])
     assert set(bare) == {"ap50", "ap", "dino.similarity", "dino.leakage"}
 
 
-# ---- layouts
-
-
-def facts(cases):
-    boxes = [[[round(edge * 64) for edge in item.box] for item in case.objects] for case in cases]
-    named = [[case.record.id, case.record.text, case.record.categories, case.record.kind] for case in cases]
-    return hashlib.sha256(
-        json.dumps([[*one, box] for one, box in zip(named, boxes, strict=True)]).encode()
-    ).hexdigest()
-
-
-def test_toybox_layouts_are_what_they_say():
-    cases = toybox_layouts(PRESETS["cpu"], "dev", 8)
-    assert [case.record.kind for case in cases] == ["seen", "unseen"] * 4
-    assert [len(case.objects) for case in cases] == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert layouts_digest(cases) == layouts_digest(toybox_layouts(PRESETS["cpu"], "dev", 8))
-    for case in cases:
-        boxes = [item.box for item in case.objects]
-        pairs = [(one, two) for number, one in enumerate(boxes) for two in boxes[:number]]
-        assert all(overlap(*pair) <= LARGEST_OVERLAP for pair in pairs)
-        assert all(item.image.mode == "RGBA" and item.phrase in case.record.text for item in case.objects)
-        assert case.truth.size == case.rivals.size and case.truth.tobytes() != case.rivals.tobytes()
-        difference = np.abs(np.asarray(case.truth, dtype=int) - np.asarray(case.rivals, dtype=int)).max(-1)
-        for box in boxes:
-            difference[round(box[1] * 64) : round(box[3] * 64), round(box[0] * 64) : round(box[2] * 64)] = 0
-        assert difference.mean() < 2  # the same scene but for what is in the boxes, and their soft edges
-    with pytest.raises(ObjectComposeError, match="split"):
-        toybox_layouts(PRESETS["cpu"], "train")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("split", "digest"),
-    [
-        ("dev", "6b04d01f7fd4165dff67a6f6b10aa3d4a8de5b48b0e8ae0f15efa3778e076a92"),
-        ("test", "92dbb83cce20735b0245c2f56a8fc0b48f032691710d484048a2dded80cd8e6c"),
-    ],
-)
-def test_lists_stay_what_they_are(split, digest):
-    assert facts(toybox_layouts(PRESETS["cpu"], split)) == digest
-
-
-def test_layouts_from_files(tmp_path):
-    dog = SceneObject(phrase="dog", image=picture("red"), box=LEFT)
-    save_layout(
-        Layout("a dog and a dog", (dog, SceneObject(phrase="dog", image=picture("blue"), box=RIGHT))),
-        tmp_path / "b.json",
+def test_differences_by_hand():
+    good, bad = (
+        [row("a", "", [[1.0]]), row("b", "", [[1.0]])],
+        [row("a", "", [[1.0]], found=()), row("b", "", [[1.0]])],
     )
-    save_layout(Layout("a dog", (dog,)), tmp_path / "a.json")
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
-    cases = file_layouts(tmp_path)
-    assert [case.record.id for case in cases] == ["a", "b"]
-    assert cases[0].truth is None and cases[1].truth.size == (20, 20) and cases[1].rivals is None
-    assert cases[1].record.categories == ("dog",) and len(cases[1].objects) == 2
-    assert layouts_digest(cases) != layouts_digest(cases[:1])
-    save_layout(Layout("a dog", (SceneObject(phrase="dog", box=LEFT),)), tmp_path / "c.json")
-    with pytest.raises(LayoutError, match="lacks image"):
-        file_layouts(tmp_path)
-    with pytest.raises(LayoutError, match="got none"):
-        file_layouts(tmp_path / "empty")
+    layouts = ["a", "b"]
+    same = precision_differences("x_y", matches_of_rows(good), matches_of_rows(good), layouts)
+    assert set(same.values()) == {0.0} and set(same) == {
+        f"{key}_diff.x_y{bound}" for key in ("ap50", "ap") for bound in ("", ".lo", ".hi")
+    }
+    found = precision_differences("x_y", matches_of_rows(good), matches_of_rows(bad), layouts)
+    assert found["ap50_diff.x_y"] == pytest.approx(100 * (1 - 51 / 101))
+    assert found["ap50_diff.x_y.lo"] == 0 and found["ap50_diff.x_y.hi"] == 100  # draws of one layout alone
 
 
-def test_crops_and_encoders():
-    image = Image.new("RGB", (64, 32), "white")
-    image.paste("red", (32, 8, 64, 24))
-    crop = crop_of_box(image, (0.5, 0.25, 1.0, 0.75))
-    assert crop.size == (32, 16) and crop.getcolors() == [(512, (255, 0, 0))]
-    assert crop_of_box(image, (0.999, 0.999, 1.0, 1.0)).size == (1, 1)
-    cases = toybox_layouts(PRESETS["cpu"], "dev", 8)[2:]
-    for encoder in toybox_encoders("cpu"):
-        own, others = [], []
-        for case in cases:
-            crops = [crop_of_box(case.truth, item.box) for item in case.objects]
-            table = encoder.cosines(crops, [item.image for item in case.objects])
-            assert encoder.cosines(crops, crops).diagonal().tolist() == pytest.approx([1.0] * len(crops), abs=1e-5)
-            is_own = torch.eye(len(crops), dtype=torch.bool)
-            own += table[is_own].tolist()
-            others += table[~is_own].tolist()
-        # in a tight crop a neighbour may show, which disturbs the judge least
-        assert np.mean(own) > 0.8 and np.mean(others) < 0.4, encoder.name
-        assert encoder.name != "identity" or min(own) > 0.75
+def test_shift_by_hand():
+    def side(layout, box, found):
+        seen = [{"category": "dog", "score": 0.9 - number / 10, "box": one} for number, one in enumerate(found)]
+        return {"layout": layout, "round": 0, "categories": ["dog"], "boxes": [box],
+                "found": [*seen, {"category": "cup", "score": 1.0, "box": LEFT}]}  # fmt: skip
+
+    middle = (0.25, 0.0, 0.75, 1.0)
+    left = [side("a", LEFT, [LEFT, RIGHT]), side("b", LEFT, [middle]), side("c", LEFT, [])]
+    right = [side("c", RIGHT, [RIGHT]), side("b", RIGHT, [RIGHT]), side("a", RIGHT, [RIGHT])]
+    found = shift_metrics("shift.full", left, right)
+    assert found["shift.full"] == pytest.approx(50)  # all the way, half of it, and nothing found to have moved
+    assert found["shift.full.lo"] == 0 and found["shift.full.hi"] == 100
 
 
 # ---- the command
@@ -309,6 +248,12 @@ def test_adapter_paints_its_layouts(tmp_path, capsys):
         (["--layouts", "nowhere"], "got none"),
         (["--max-prompts", "1", "--only", "score"], "missing"),
         (["--max-prompts", "1", "--detector-model", "x"], "detector_model"),
+        (["--objects", "21"], "`objects`"),
+        (["--layouts", "nowhere", "--objects", "2"], "--objects"),
+        (["--box-jitter", "0.5"], "--box-jitter"),
+        (["--gamma", "1"], "`--gamma` needs `--adapter`"),
+        (["--no-region-mask"], "`--no-region-mask` needs `--adapter`"),
+        (["--adapter", "a", "--ip-adapter", "b"], "must not both be given"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -187,6 +187,21 @@ def test_nulls_are_zero_vectors_in_the_same_regions(shared):
         assert torch.equal(part.coverage(64, "cpu")[1:], second.coverage(64, "cpu"))
 
 
+def test_one_null_picture_is_kept_for_all_objects_and_rows(shared):
+    scenes = [reference_scene([DOG, CORGI], (16, 16)), reference_scene([DOG], (16, 16))]
+    vectors = SceneVectors(torch.randn(2, 2, 10), torch.randn(2, 1, 10))
+    for part in scene_parts(shared.adapter, scenes, vectors, FusionSettings(), repeats=3, with_nulls=True):
+        kept = part.keys_values
+        for name, (key, value) in kept.items():
+            assert key.shape == value.shape and key.shape[0] == 12
+            assert torch.equal(key[:1].expand(6, -1, -1), key[:6])
+            held = [one for pairs in (kept._nulls, kept._shown) for one in pairs[name]]
+            tokens = key.shape[1] // kept._num_objects
+            assert sum(one.untyped_storage().nbytes() for one in held) == 2 * 4 * key.shape[2] * (
+                tokens + 6 * key.shape[1]
+            )
+
+
 @pytest.mark.parametrize("null_references", [True, False])
 def test_guidance_that_is_cut_off_in_the_middle(shared, null_references):
     """From the cut on, the UNet sees the conditional half alone."""

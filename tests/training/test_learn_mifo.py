@@ -18,7 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.measure import measuring_unet
-from objectcompose.errors import LayoutError, ObjectComposeError, PhraseNotFoundError, PromptTooLongError
+from objectcompose.errors import (
+    CheckpointError,
+    LayoutError,
+    ObjectComposeError,
+    PhraseNotFoundError,
+    PromptTooLongError,
+)
+from objectcompose.pipelines.learned_instances import load_instances
 from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.toybox.weights import toybox_path
 from objectcompose.training import learn_mifo
@@ -169,6 +176,36 @@ def test_killed_and_resumed_equals_unbroken(base, scene, learned, tmp_path, stag
 
 
 @pytest.mark.slow
+def test_a_folder_of_another_run_is_refused(base, scene, learned, tmp_path):
+    """Each stage is held to what it depends on; how long it is may change."""
+    out = tmp_path / "out"
+    shutil.copytree(learned, out)
+    same = ["--vectors", "2", "--gradient_checkpointing"]
+    for other, stage in ((["--reward_weight", "1"], "stage1"), (["--prior_weight", "0.5"], "stage2")):
+        with pytest.raises(CheckpointError, match=f"{stage} has checkpoints of another run: {other[0][2:]}"):
+            learn_mifo.main(arguments(base, scene, out, *same, *other))
+    assert learn_mifo.main(arguments(base, scene, out, *same, "--stage2_steps", "5")) == 0
+    assert [line["step"] for line in read_log(out / "stage2" / "log.jsonl")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_lora_on_further_layers_loads_as_it_was_trained(base, scene, tmp_path, layers):
+    pytest.importorskip("peft")
+    more = ["--train_modules", "lora", "--lora_layers", layers, "--lora_rank", "2", "--prior_weight", "0"]
+    learn_mifo.main(arguments(base, scene, tmp_path, *more, "--validation_steps", "100"))
+    weights = load_file(tmp_path / "weights" / "pytorch_lora_weights.safetensors")
+    assert any(".attn1." in name for name in weights)
+    assert any(".resnets." in name for name in weights) == (layers == "all")
+    pipeline = quiet(MIFOPipeline.from_pretrained(base))
+    assert load_instances(pipeline, tmp_path) == ["<asset0>", "<asset1>"]
+    loaded = {
+        name: weight for name, weight in pipeline.unet.named_parameters() if "lora_A" in name or "lora_B" in name
+    }
+    assert len(loaded) == len(weights) and all(weight.abs().sum() > 0 for weight in loaded.values())
+
+
+@pytest.mark.slow
 def test_a_photograph_with_masks_from_phrases(tmp_path):
     """A portrait in the public domain, segmented by toybox's CLIPSeg, on the layout of Stable Diffusion 2."""
     photo = Path(pytest.importorskip("matplotlib").get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -201,6 +238,7 @@ def test_a_photograph_with_masks_from_phrases(tmp_path):
         (["--stage2_steps", "-1"], ObjectComposeError, "stage2_steps"),
         (["--adam_beta2", "1"], ObjectComposeError, "adam_beta2"),
         (["--gate", "-5"], ObjectComposeError, "gate"),
+        (["--pretrained_model", "stabilityai/stable-diffusion-2-1"], ObjectComposeError, "mirrors: sd2-community/"),
     ],
 )
 def test_bad_arguments_are_refused_before_training(base, scene, tmp_path, more, error, message):

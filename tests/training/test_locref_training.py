@@ -295,6 +295,19 @@ def test_script_leaves_an_adapter_that_loads(base, tmp_path):
     assert images.shape == (1, 3, 32, 32)
 
 
+def test_a_folder_with_another_runs_checkpoints_is_refused(base, tmp_path):
+    data, out = write_coco(tmp_path), tmp_path / "out"
+    assert train_locref.main(arguments(base, data, out, "--max_train_steps", "2")) == 0
+    before = state(out)
+    for more in (["--learning_rate", "2e-3"], ["--foreground_weight", "1.0"], ["--no_region_mask"], ["--seed", "1"]):
+        with pytest.raises(CheckpointError, match=f"another run.*{more[0].removeprefix('--')}"):
+            train_locref.main(arguments(base, data, out, *more))
+    assert all(torch.equal(value, before[name]) for name, value in state(out).items())
+    # how long it is and what it leaves beside a step may change
+    assert train_locref.main(arguments(base, data, out, "--cache_dir", str(tmp_path / "cache"))) == 0
+    assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_openimages_trains(base, tmp_path):
     more = ["--max_train_steps", "1", "--composite", "coordinates", "--no_region_mask", "--projection", "linear"]

@@ -89,6 +89,19 @@ def test_bad_input_before_any_step(base, data, tmp_path):
     assert not out.exists()
 
 
+def test_a_folder_of_another_run_is_refused(base, data, tmp_path):
+    """Before a step; what decides nothing about a step may change, and the same command goes on."""
+    start = arguments(base, data, tmp_path, "--max_train_steps", "2")
+    assert train_object_prompt.main(start) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    for more in (["--streams", "coarse"], ["--learning_rate", "5e-4"], ["--drop_object", "0.2"], ["--seed", "1"]):
+        with pytest.raises(CheckpointError, match=f"another run.*{more[0].removeprefix('--')}"):
+            train_object_prompt.main([*start, *more])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert train_object_prompt.main([*start, "--max_train_steps", "3", "--checkpointing_steps", "1"]) == 0
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+
+
 def test_a_base_without_image_encoder_is_refused(data, tmp_path):
     folder = tmp_path / "plain"
     prompt_pipeline(adapter=None, dino=None, image_encoder=None).save_pretrained(folder)

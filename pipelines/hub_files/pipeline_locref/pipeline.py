@@ -5035,10 +5035,14 @@ def scene_parts(
     keys_values = adapter(references, composite)
 
     own = [row for row in range(len(scenes)) for _ in range(repeats)]  # scene of each picture
-    picked = [0] * len(own) + [row + 1 for row in own] if with_nulls else own
-    rows = torch.tensor(picked, device=references.device)
+    rows = torch.tensor(own, device=references.device)
+    counts = {"references": references.shape[1], "composite": 1}
+    if adapter.config.composite == "coordinates":
+        counts["composite"] = references.shape[1]
     keys_values = {
-        kind: {layer: (key[rows], value[rows]) for layer, (key, value) in layers.items()}
+        kind: GuidedKeysValues(layers, rows, counts[kind])
+        if with_nulls
+        else {layer: (key[rows], value[rows]) for layer, (key, value) in layers.items()}
         for kind, layers in keys_values.items()
     }
     of_rows = [scenes[row] for row in own] * (2 if with_nulls else 1)
@@ -5052,6 +5056,40 @@ def scene_parts(
             rows=None if with_nulls else slice(-len(own), None),
         )
     )
+
+
+class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
+    """Keys and values of `[uncond, cond]` rows, put together when a layer asks for its own.
+
+    Null pictures are alike in all rows and for all objects, so that one of them is kept: about half of the memory.
+
+    Args:
+        keys_values: per layer keys and values `(1 + B, N * T, C)`; the first row is that of null pictures.
+        rows: the scene of each picture, `(n,)`, numbers in [0, B).
+        num_objects: N.
+    """
+
+    def __init__(self, keys_values: "KeysValues", rows: "torch.Tensor", num_objects: "int"):
+        self._num_objects = num_objects
+        # copies, since a view would keep all of what it looks into
+        self._nulls = {
+            layer: tuple(one[:1, : one.shape[1] // num_objects].clone() for one in pair)
+            for layer, pair in keys_values.items()
+        }
+        self._shown = {layer: (key[rows + 1], value[rows + 1]) for layer, (key, value) in keys_values.items()}
+
+    def __getitem__(self, layer: "str") -> "tuple[torch.Tensor, torch.Tensor]":
+        key, value = (
+            torch.cat([null.repeat(len(shown), self._num_objects, 1), shown])
+            for null, shown in zip(self._nulls[layer], self._shown[layer], strict=True)
+        )
+        return key, value
+
+    def __iter__(self) -> "Iterator[str]":
+        return iter(self._shown)
+
+    def __len__(self) -> "int":
+        return len(self._shown)
 
 
 def _zero_row_first(vectors: "torch.Tensor") -> "torch.Tensor":
@@ -5095,17 +5133,18 @@ def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
     if not is_compiled(unet):
         return
     levels = layer_levels(unet)
-    grids = grids_of(*sample.shape[-2:], 1 + max(levels.values(), default=0))
+    height, width = sample.shape[-2:]
+    grids = grids_of(height, width, 1 + max(levels.values(), default=0))
     for name, module in attention_layers(unet).items():
         parts = getattr(module.processor, "composed_parts", ())
         if parts:
-            height, width = grids[levels[name]]
+            rows, columns = grids[levels[name]]
             for part in parts:
                 if hasattr(part, "prepare"):
-                    part.prepare(height * width, sample.device)
+                    part.prepare(rows * columns, sample.device)
             replacing = [part for part in parts if part.kind == "branch" and part.mode == "replace"]
             if len(replacing) > 1:
-                replacing[0].refuse_overlap(replacing, len(sample), height * width, sample.device)
+                replacing[0].refuse_overlap(replacing, len(sample), rows * columns, sample.device)
 
 
 # --- objectcompose.attention_processors.columns
@@ -5721,7 +5760,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
             call: the arguments.
             state: what `start_sampling` returned; the loop changes it.
             parts: all attention parts, `call.parts` included. A group (`part.kind == "group"`) becomes, by `bind(self,
-                call, state)`, parts of this call and a `before_step` of its own, which runs after the method's.
+                call, state)`, parts of this call and a `before_step` of its own (or None), which runs after the
+                method's.
             recorder: records attention maps.
             before_step: changes the latents before each prediction: `(step, timestep, latents, prompt_embeds)` to
                 latents, `prompt_embeds` as in `state`. It runs with the parts installed; forwards of its own are for
@@ -5729,7 +5769,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """
         bound = [part.bind(self, call, state) for part in parts if part.kind == "group"]
         hooks = [] if before_step is None else [before_step]
-        hooks += [group.before_step for group in bound]
+        hooks += [group.before_step for group in bound if group.before_step is not None]
         all_parts = [part for part in parts if part.kind != "group"]
         all_parts += [part for group in bound for part in group.parts]
         if recorder is not None:

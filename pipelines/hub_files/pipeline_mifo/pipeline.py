@@ -3039,17 +3039,18 @@ def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
     if not is_compiled(unet):
         return
     levels = layer_levels(unet)
-    grids = grids_of(*sample.shape[-2:], 1 + max(levels.values(), default=0))
+    height, width = sample.shape[-2:]
+    grids = grids_of(height, width, 1 + max(levels.values(), default=0))
     for name, module in attention_layers(unet).items():
         parts = getattr(module.processor, "composed_parts", ())
         if parts:
-            height, width = grids[levels[name]]
+            rows, columns = grids[levels[name]]
             for part in parts:
                 if hasattr(part, "prepare"):
-                    part.prepare(height * width, sample.device)
+                    part.prepare(rows * columns, sample.device)
             replacing = [part for part in parts if part.kind == "branch" and part.mode == "replace"]
             if len(replacing) > 1:
-                replacing[0].refuse_overlap(replacing, len(sample), height * width, sample.device)
+                replacing[0].refuse_overlap(replacing, len(sample), rows * columns, sample.device)
 
 
 # --- objectcompose.attention_processors.early_exit
@@ -5346,7 +5347,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
             call: the arguments.
             state: what `start_sampling` returned; the loop changes it.
             parts: all attention parts, `call.parts` included. A group (`part.kind == "group"`) becomes, by `bind(self,
-                call, state)`, parts of this call and a `before_step` of its own, which runs after the method's.
+                call, state)`, parts of this call and a `before_step` of its own (or None), which runs after the
+                method's.
             recorder: records attention maps.
             before_step: changes the latents before each prediction: `(step, timestep, latents, prompt_embeds)` to
                 latents, `prompt_embeds` as in `state`. It runs with the parts installed; forwards of its own are for
@@ -5354,7 +5356,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """
         bound = [part.bind(self, call, state) for part in parts if part.kind == "group"]
         hooks = [] if before_step is None else [before_step]
-        hooks += [group.before_step for group in bound]
+        hooks += [group.before_step for group in bound if group.before_step is not None]
         all_parts = [part for part in parts if part.kind != "group"]
         all_parts += [part for group in bound for part in group.parts]
         if recorder is not None:

@@ -1,0 +1,162 @@
+"""Figures of the LocRef recipe from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.recipes.common import Row, paired_metrics
+from objectcompose.evaluation.layout_metrics import (
+    cosines_of_rows,
+    matches_of_row,
+    matches_of_rows,
+    precision_differences,
+    precision_metrics,
+    shift_metrics,
+    way_metrics,
+)
+from objectcompose.evaluation.report import share_metrics
+from objectcompose.evaluation.toybox_layouts import LEFT, RIGHT, SEEN, UNSEEN
+
+
+CEILING, FLOOR = "ceiling", "floor"
+TEST = "test"
+#: What `full` is compared with, on the same layouts and noise.
+COMPARED = (
+    "text_replaced", "no_mask", "no_mask_switch", "coords", "no_composite", "no_projection", "flat_weights", "text",
+    "ip_adapter_masks",
+)  # fmt: skip
+
+
+def slim_rows(arm: str, case: str, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows of `objectcompose evaluate layout` as the result file keeps them.
+
+    True scenes and scenes of rivals become rows of their own, those of the arms "ceiling" and "floor"; what the
+    detector finds of other categories than the layout's counts nowhere and is left out.
+
+    Args:
+        arm: that painted.
+        case: which layouts these are: "test", "left", "right", or "n10", "jitter5" and so on.
+        rows: the command's.
+    """
+    kept: dict[tuple[str, str, int], Row] = {}
+    for row in rows:
+        facts = {
+            "case": case, "layout": row["layout"], "kind": row["kind"], "categories": row["categories"],
+            "boxes": [[round(edge, 5) for edge in box] for box in row["boxes"]],
+        }  # fmt: skip
+        kept[arm, row["layout"], row["round"]] = {"arm": arm, "round": row["round"], **facts, **_seen(row, row)}
+        for name, source in ((CEILING, "truth"), (FLOOR, "rivals")):
+            kept[name, row["layout"], 0] = {"arm": name, "round": 0, **facts, **_seen(row, row[source])}
+    return list(kept.values())
+
+
+def _seen(row: Mapping[str, Any], seen: Mapping[str, Any]) -> Row:
+    found = [
+        {
+            "category": one["category"],
+            "score": round(one["score"], 4),
+            "box": [round(edge, 5) for edge in one["box"]],
+        }
+        for one in seen["found"]
+        if one["category"] in row["categories"]
+    ]
+    cosines = {
+        name: [[round(value, 4) for value in line] for line in table] for name, table in seen["cosines"].items()
+    }
+    return {"found": found, "cosines": cosines}
+
+
+def unique_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows without repetitions: every arm brings the true scenes of its layouts."""
+    return list({(row["arm"], row["case"], row["layout"], row["round"]): row for row in rows}.values())
+
+
+def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
+    """All figures, in per cent.
+
+    `ap50`, `ap`, `identity_seen`, `identity_unseen`, `clip_i`, `dino`, `leakage` for each arm on the test layouts,
+    "ceiling" and "floor" among them; `identity_way.<arm>`, the way from floor to ceiling of unseen identities;
+    `ap50.<arm>_<case>` and so on for other layouts, of all identities; `shift.<arm>`, see `shift_metrics`; and
+    `ap50_diff.full_<arm>`, `identity_diff...`, `leakage_diff...`, in percentage points.
+    """
+    by_arm: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], {}).setdefault(row["case"], []).append(row)
+    metrics: dict[str, float] = {}
+    for arm, cases in by_arm.items():
+        for case in [name for name in cases if name not in (LEFT, RIGHT)]:
+            name = arm if case == TEST else f"{arm}_{case}"
+            metrics |= _arm_metrics(name, cases[case], with_identities=case == TEST)
+            if arm == FLOOR:  # all objects are in their boxes there too: the floor of places is another one
+                metrics |= _place_metrics(name, _displaced(by_arm[CEILING][case]))
+            if arm not in (CEILING, FLOOR):
+                metrics |= _way(name, cases[case], by_arm[FLOOR][case], by_arm[CEILING][case], case == TEST)
+        if LEFT in cases and arm not in (CEILING, FLOOR):
+            metrics |= shift_metrics(f"shift.{arm}", cases[LEFT], cases[RIGHT])
+    for other in COMPARED:
+        if all(TEST in by_arm.get(name, {}) for name in ("full", other)):
+            metrics |= _difference_metrics(f"full_{other}", by_arm["full"][TEST], by_arm[other][TEST])
+    return metrics
+
+
+def _place_metrics(arm: str, rows: Sequence[Row]) -> dict[str, float]:
+    found = precision_metrics("", matches_of_rows(rows), [row["layout"] for row in rows])
+    return {".".join([key.split(".")[0], arm, *key.split(".")[1:]]): value for key, value in found.items()}
+
+
+def _arm_metrics(arm: str, rows: Sequence[Row], with_identities: bool) -> dict[str, float]:
+    metrics = _place_metrics(arm, rows)
+    named = [("clip_i", "clip_i", rows, False), ("dino", "dino", rows, False), ("leakage", "identity", rows, True)]
+    named += [("identity", "identity", rows, False)]
+    if with_identities:
+        for kind in (SEEN, UNSEEN):
+            named.append((f"identity_{kind}", "identity", [row for row in rows if row["kind"] == kind], False))
+    for name, encoder, counted, is_leakage in named:
+        found = cosines_of_rows(counted, encoder, leakage=is_leakage)
+        if found.values:
+            metrics |= share_metrics(f"{name}.{arm}", found.values, found.layouts)
+    return metrics
+
+
+def _way(
+    arm: str, rows: Sequence[Row], floor: Sequence[Row], ceiling: Sequence[Row], unseen_only: bool
+) -> dict[str, float]:
+    sides = [[row for row in side if not unseen_only or row["kind"] == UNSEEN] for side in (rows, floor, ceiling)]
+    if not sides[0]:
+        return {}
+    return way_metrics(f"identity_way.{arm}", *(cosines_of_rows(side, "identity") for side in sides))
+
+
+def _displaced(rows: Sequence[Row]) -> list[Row]:
+    """True scenes held against the boxes of the next layout with as many objects: all is there, but elsewhere."""
+    found = []
+    for row in rows:
+        alike = [one for one in rows if len(one["boxes"]) == len(row["boxes"])]
+        number = next(place for place, one in enumerate(alike) if one is row)
+        found.append({**row, "boxes": alike[(number + 1) % len(alike)]["boxes"]})
+    return found
+
+
+def _difference_metrics(name: str, ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:
+    keys = [(row["layout"], row["round"]) for row in ours]
+    other = {(row["layout"], row["round"]): row for row in theirs}
+    assert set(keys) == set(other), f"{name}: the arms have other rows"
+    matches = [
+        [matches_of_row(row["categories"], row["boxes"], row["found"]) for row in side]
+        for side in (ours, [other[key] for key in keys])
+    ]
+    metrics = precision_differences(name, *matches, [layout for layout, _ in keys])
+    for figure, encoder, is_leakage, least in (
+        ("identity", "identity", False, 1), ("clip_i", "clip_i", False, 1), ("leakage", "identity", True, 2),
+    ):  # fmt: skip
+
+        def mean_of(row: Row, encoder: str = encoder, is_leakage: bool = is_leakage) -> float:
+            values = cosines_of_rows([row], encoder, leakage=is_leakage).values
+            return 100 * sum(values) / len(values)
+
+        sides = [[row for row in side if len(row["boxes"]) >= least] for side in (ours, theirs)]
+        if len({row["layout"] for row in sides[0]}) > 1:
+            pair = paired_metrics(f"{figure}_diff.{name}", *sides, mean_of, ("layout", "round"), "layout")
+            metrics |= pair
+    return metrics

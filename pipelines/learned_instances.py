@@ -1,0 +1,85 @@
+"""What `objectcompose.training.learn_mifo` leaves, put on a pipeline: placeholders, and LoRA layers if it has any."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from objectcompose.adapters.folders import loading_errors
+from objectcompose.errors import CheckpointError, MissingPackageError
+
+
+EMBEDDING_FOLDER, WEIGHT_FOLDER = "embeddings", "weights"
+_LORA_NAME = "pytorch_lora_weights.safetensors"
+
+
+def learned_names(folder: str | Path) -> dict[str, Path]:
+    """The placeholders of a run's output folder and their files, `<asset0>` before `<asset10>`.
+
+    Raises:
+        CheckpointError: there is none, or a file is no embedding.
+    """
+    place = Path(folder) / EMBEDDING_FOLDER
+    paths = sorted(place.glob("*.safetensors"), key=lambda path: [int(part) for part in re.findall(r"\d+", path.stem)])
+    if not paths:
+        raise CheckpointError(f"`folder` {str(folder)!r} must hold {EMBEDDING_FOLDER}/*.safetensors, got none.")
+    names = {}
+    for path in paths:
+        names[_name_and_width(path)[0]] = path
+    return names
+
+
+def load_instances(pipeline: Any, folder: str | Path) -> list[str]:
+    """Load learned instances; the pipeline is changed.
+
+    Args:
+        pipeline: with tokenizer and text encoder of the base that they were learned on. Placeholders that it has
+            already, as a checkpoint of stage 2 has them, stay as they are.
+        folder: output of `learn_mifo`, or one laid out like it: `embeddings/*.safetensors`, and LoRA layers in
+            `weights/` where stage 2 trained some.
+
+    Returns:
+        The placeholders' names.
+
+    Raises:
+        CheckpointError: there are none, or they are of another base.
+        MissingPackageError: LoRA layers need peft.
+    """
+    names = learned_names(folder)
+    width = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+    known = pipeline.tokenizer.get_vocab()
+    for name, path in names.items():
+        if name not in known:
+            found = _name_and_width(path)[1]
+            if found != width:
+                raise CheckpointError(
+                    f"`folder` {str(folder)!r} must be of this pipeline's base: {name} has {found} numbers a vector,"
+                    f" the text encoder {width}."
+                )
+            pipeline.load_textual_inversion(str(path.parent), weight_name=path.name)
+    weights = Path(folder) / WEIGHT_FOLDER
+    if (weights / _LORA_NAME).is_file():
+        with loading_errors(str(weights), refuses_pickles=True):
+            try:
+                pipeline.load_lora_weights(str(weights), weight_name=_LORA_NAME, use_safetensors=True)
+            except ImportError as error:
+                raise MissingPackageError(
+                    f'LoRA layers in {str(weights)!r} need peft: pip install "objectcompose[train]" ({error}).'
+                ) from error
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                raise CheckpointError(f"`folder` {str(weights)!r} cannot be loaded: {error}.") from error
+    return list(names)
+
+
+def _name_and_width(path: Path) -> tuple[str, int]:
+    try:
+        with safe_open(path, framework="pt") as content:
+            [name] = content.keys()
+            return name, content.get_slice(name).get_shape()[-1]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} must hold one embedding under its placeholder's name: {error}."
+        ) from error
