@@ -39,7 +39,7 @@ def run(pipeline, before_step=None, placed=DOG, **given):
     return pipeline.finish_sampling(call, state, [placed], recorder)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "phrase_boxes"])  # which hands them on as `**`
 def test_every_pipeline_takes_the_shared_arguments_with_the_same_defaults(name):
     expected = inspect.signature(TokenComposePipeline.__call__).parameters
     found = inspect.signature(ROWS[name].pipeline_class.__call__).parameters
