@@ -61,7 +61,7 @@ PROTOCOL = (
     " rendered scenes of the caption. leakage: share of the area that the judge sees as instances outside of all"
     " boxes; mixed_up: boxes more like another instance; map_inside: share of a placeholder's attention in its mask,"
     " t = 200, 400. Cosines raw, shares in per cent. Intervals: 95 % bootstrap over scenes. Learning:"
-    f" {dict(TOYBOX_LEARNING)}, chosen on a dev scene."
+    f" {dict(TOYBOX_LEARNING)}, chosen on one dev scene for all arms alike, not arm by arm, without class pictures."
 )
 
 
