@@ -21,7 +21,7 @@ def is_compiled(unet: Any) -> bool:
 
 
 def prepare_parts(unet: Any, sample: torch.Tensor) -> None:
-    """Build what the installed parts of a compiled UNet need for its next pass; nothing to do for any other model.
+    """Build what the installed parts of a compiled UNet (`is_compiled`) need for its next pass.
 
     Args:
         unet: the model.
@@ -30,8 +30,6 @@ def prepare_parts(unet: Any, sample: torch.Tensor) -> None:
     Raises:
         RegionError: a part's regions do not fit a grid or the batch.
     """
-    if not is_compiled(unet):
-        return
     levels = layer_levels(unet)
     height, width = sample.shape[-2:]
     grids = grids_of(height, width, 1 + max(levels.values(), default=0))

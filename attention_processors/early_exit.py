@@ -48,7 +48,8 @@ def run_until(unet: Any, last_layers: str | Sequence[str], *args: Any, **kwargs:
     """
     names = match_layers(unet, last_layers)
     if not can_leave_early(unet):
-        prepare_parts(unet, args[0] if args else kwargs["sample"])
+        if is_compiled(unet):
+            prepare_parts(unet, args[0] if args else kwargs["sample"])
         unet(*args, **kwargs)
         return
     modules = {_exit_module_name(unet, name) for name in names}
@@ -94,9 +95,10 @@ def _exit_module_name(unet: Any, layer: str) -> str:
 
 
 def _offloads_by_layer(module: Any) -> bool:
-    hook = getattr(module, "_hf_hook", None)
+    attributes = vars(module)  # `getattr` of what is missing costs a module ten times as much
+    hook = attributes.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # several hooks in sequence, or one
     if any(getattr(one, "offload", False) for one in hooks if one is not None):
         return True
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = attributes.get("_diffusers_hook")
     return registry is not None and any("offload" in name for name in registry.hooks)

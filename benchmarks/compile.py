@@ -70,7 +70,8 @@ class CompiledSide:
         """One forward."""
         unet = self.compiled if is_compiled else self.unet
         with use_parts(unet, parts):
-            prepare_parts(unet, self.inputs["sample"])
+            if is_compiled:
+                prepare_parts(unet, self.inputs["sample"])
             unet(**self.inputs)
         for part in parts:
             if part.kind == "probe":

@@ -20,8 +20,7 @@ from objectcompose.evaluation.crop_similarity import GREY, MARGIN, crop_of_box
 from objectcompose.evaluation.detectors import picture_tensor
 from objectcompose.evaluation.layout_cases import box_of
 from objectcompose.evaluation.layout_metrics import overlaps_of
-from objectcompose.examples.demo_object_prompt import on_white
-from objectcompose.examples.gallery import GalleryRow
+from objectcompose.examples.gallery import GalleryRow, on_white
 from objectcompose.examples.progress import step_counter
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline

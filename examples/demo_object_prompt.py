@@ -13,7 +13,7 @@ from transformers import BitImageProcessorPil, CLIPImageProcessor, CLIPVisionMod
 from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter
 from objectcompose.evaluation.detectors import picture_tensor
 from objectcompose.evaluation.toybox_object_sets import reference_picture
-from objectcompose.examples.gallery import GalleryRow
+from objectcompose.examples.gallery import GalleryRow, on_white
 from objectcompose.grounding.clipseg import load_clipseg
 from objectcompose.grounding.grounder import Grounder
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
@@ -131,13 +131,6 @@ def object_prompt_pipeline(pipeline: Any) -> ObjectPromptPipeline:
         "dino_processor": BitImageProcessorPil.from_pretrained(dino),
     }
     return ObjectPromptPipeline(**components, requires_safety_checker=False)
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    """An RGBA cut-out on white."""
-    white = Image.new("RGB", picture.size, "white")
-    white.paste(picture, mask=picture.getchannel("A"))
-    return white
 
 
 def _with_matches(picture: Image.Image, placed: Sequence[PlacedObject]) -> Image.Image:

@@ -148,3 +148,10 @@ def _text_block(text: str, size: int, width: int, colour: tuple[int, int, int]) 
     for index, line in enumerate(lines):
         draw.text((0, 2 + index * step), line, fill=colour, font=font)
     return block
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """An RGBA cut-out on white."""
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=picture.getchannel("A"))
+    return white

@@ -93,6 +93,7 @@ class SamplingState:
         added_cond_kwargs: IP-Adapter's embeddings for the UNet, or None.
         timestep_cond: the guidance scale as a condition of distilled UNets, or None.
         extra_step_kwargs: of the scheduler's `step`.
+        is_compiled: whether the UNet is; its parts are prepared before each pass then.
     """
 
     device: torch.device
@@ -104,3 +105,4 @@ class SamplingState:
     added_cond_kwargs: dict[str, Any] | None
     timestep_cond: torch.Tensor | None
     extra_step_kwargs: dict[str, Any]
+    is_compiled: bool

@@ -22,7 +22,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 
-from objectcompose.attention_processors.compiled import prepare_parts
+from objectcompose.attention_processors.compiled import is_compiled, prepare_parts
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.errors import MissingFieldError, ObjectComposeError
 from objectcompose.pipelines.attention_maps import (
@@ -236,6 +236,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             added_cond_kwargs,
             timestep_cond=self.prepare_timestep_cond(num_images, device, latents.dtype),
             extra_step_kwargs=self.prepare_extra_step_kwargs(call.generator, call.eta),
+            is_compiled=is_compiled(self.unet),
         )
 
     def make_recorder(
@@ -320,7 +321,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """The UNet's prediction for `state.latents`: `(2 * M, C, h, w)` as [uncond, cond] under guidance, else M."""
         # a callback may have changed the guidance scale, hence asked anew in each step
         latents = torch.cat([state.latents] * 2) if self.do_classifier_free_guidance else state.latents
-        prepare_parts(self.unet, latents)
+        if state.is_compiled:
+            prepare_parts(self.unet, latents)
         return self.unet(
             self.scheduler.scale_model_input(latents, timestep),
             timestep,

@@ -114,7 +114,8 @@ class SegmentRefiner:
         if extra is not None:  # image prompts lie as [uncond, cond], too
             extra = {name: [rows[-count:] for rows in tensors] for name, tensors in extra.items()}
         noisy = pipeline.scheduler.scale_model_input(state.latents, timestep)
-        prepare_parts(pipeline.unet, noisy)
+        if state.is_compiled:
+            prepare_parts(pipeline.unet, noisy)
         prediction = pipeline.unet(
             noisy,
             timestep,

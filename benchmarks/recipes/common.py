@@ -59,6 +59,28 @@ def recipe_parser(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parse_recipe(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a recipe, whose folder `out` is there then."""
+    args = parser.parse_args(argv)
+    if args.record and args.arms:
+        raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
+    args.out = args.out or Path("outputs") / "reproduce" / f"{name}-{args.preset}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def check_arms(names: Sequence[str], known: Sequence[str]) -> None:
+    """End the program where an arm is not known."""
+    unknown = set(names) - set(known)
+    if unknown:
+        raise SystemExit(f"`--arms` must be some of {', '.join(known)}, got {', '.join(sorted(unknown))}.")
+
+
+def metrics_of_arm(metrics: Mapping[str, float], arm: str) -> dict[str, float]:
+    """`mg3.lo` becomes `mg3.<arm>.lo`."""
+    return {".".join([(parts := key.split("."))[0], arm, *parts[1:]]): value for key, value in metrics.items()}
+
+
 def command_line(options: Options) -> list[str]:
     """Options as arguments of a script; a list stands behind its option."""
     arguments = []

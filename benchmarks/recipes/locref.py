@@ -27,8 +27,10 @@ from benchmarks.recipes.common import (
     Options,
     Row,
     best_device,
+    check_arms,
     choose_candidate,
     command_line,
+    parse_recipe,
     recipe_parser,
     train_once,
 )
@@ -39,8 +41,7 @@ from objectcompose.evaluation.layout_metrics import layout_metrics
 from objectcompose.evaluation.report import ROWS_FILE, write_report
 from objectcompose.evaluation.results import write_result
 from objectcompose.evaluation.toybox_layouts import LEFT, RIGHT, toybox_layouts
-from objectcompose.examples.demo_object_prompt import on_white
-from objectcompose.examples.gallery import GalleryRow, save_gallery
+from objectcompose.examples.gallery import GalleryRow, on_white, save_gallery
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.pipelines.plot import draw_layout
 from objectcompose.toybox.weights import active_preset, toybox_path
@@ -156,9 +157,7 @@ class Recipe:
         self.size, self.out, self.device = SIZES[name], out, best_device()
         self.arm_names = tuple(arms or self.size.arms)
         self.arms = build_arms(self.size)
-        unknown = set(self.arm_names) - {*ALL_ARMS}
-        if unknown:
-            raise SystemExit(f"`--arms` must be some of {', '.join(ALL_ARMS)}, got {', '.join(sorted(unknown))}.")
+        check_arms(self.arm_names, ALL_ARMS)
 
     def weights(self, name: str) -> Path | None:
         """Trained weights of an arm, None of the prompt alone."""
@@ -252,11 +251,8 @@ def save_sheet(recipe: Recipe, columns: int = 6) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe."""
-    args = recipe_parser(__doc__.splitlines()[0], "locref").parse_args(argv)
-    if args.record and args.arms:
-        raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
-    out = args.out or Path("outputs") / "reproduce" / f"locref-{args.preset}"
-    out.mkdir(parents=True, exist_ok=True)
+    args = parse_recipe(recipe_parser(__doc__.splitlines()[0], "locref"), "locref", argv)
+    out = args.out
     recipe = Recipe(args.preset, out, args.arms)
     rows = unique_rows([row for name in recipe.arm_names for row in recipe.measure(name)])
     metrics = metrics_of_rows(rows)

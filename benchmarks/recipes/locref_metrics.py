@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.recipes.common import Row, paired_metrics
+from benchmarks.recipes.common import Row, metrics_of_arm, paired_metrics
 from objectcompose.evaluation.layout_metrics import (
     cosines_of_rows,
     matches_of_row,
@@ -101,8 +101,7 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _place_metrics(arm: str, rows: Sequence[Row]) -> dict[str, float]:
-    found = precision_metrics("", matches_of_rows(rows), [row["layout"] for row in rows])
-    return {".".join([key.split(".")[0], arm, *key.split(".")[1:]]): value for key, value in found.items()}
+    return metrics_of_arm(precision_metrics("", matches_of_rows(rows), [row["layout"] for row in rows]), arm)
 
 
 def _arm_metrics(arm: str, rows: Sequence[Row], with_identities: bool) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.recipes.common import GUIDANCE, STEPS, Row, best_device, recipe_parser
+from benchmarks.recipes.common import GUIDANCE, STEPS, Row, best_device, parse_recipe, recipe_parser
 from benchmarks.recipes.mifo_metrics import LEARNING, SYNTHESIS, metrics_of_rows
 from benchmarks.recipes.mifo_parts import (
     CONTROLS,
@@ -144,11 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe."""
     parser = recipe_parser(__doc__.splitlines()[0], "mifo")
     parser.add_argument("--jobs", type=int, default=None, help=f"parts at once; default: 1, on a GPU {GPU_JOBS}")
-    args = parser.parse_args(argv)
-    if args.record and args.arms:
-        raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
-    out = args.out or Path("outputs") / "reproduce" / f"mifo-{args.preset}"
-    out.mkdir(parents=True, exist_ok=True)
+    args = parse_recipe(parser, "mifo", argv)
+    out = args.out
     recipe = Recipe(args.preset, out, args.arms, args.jobs)
     rows = recipe.rows()
     metrics = metrics_of_rows(rows)

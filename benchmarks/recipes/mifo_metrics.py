@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.recipes.common import Row, paired_metrics
+from benchmarks.recipes.common import Row, metrics_of_arm, paired_metrics
 from objectcompose.evaluation.disentangle_metrics import disentangle_metrics, picture_figures
 from objectcompose.evaluation.report import share_metrics
 
@@ -43,7 +43,8 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
     for case, prefix in ((LEARNING, ""), (SYNTHESIS, "synthesis.")):
         by_arm = _by_arm(rows, case)
         for arm, own in by_arm.items():
-            metrics |= {f"{prefix}{_with_arm(key, arm)}": value for key, value in disentangle_metrics(own).items()}
+            figures = metrics_of_arm(disentangle_metrics(own), arm)
+            metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
         pairs = _with_stages(LEARNING_PAIRS) if case == LEARNING else SYNTHESIS_PAIRS
         for pair, (ours, theirs) in pairs.items():
             if ours in by_arm and theirs in by_arm:
@@ -65,12 +66,6 @@ def _by_arm(rows: Sequence[Row], case: str) -> dict[str, list[Row]]:
         if row["case"] == case:
             found.setdefault(row["arm"], []).append(row)
     return found
-
-
-def _with_arm(key: str, arm: str) -> str:
-    """`sim_d.alike.lo` becomes `sim_d.<arm>.alike.lo`."""
-    name, *rest = key.split(".")
-    return ".".join([name, arm, *rest])
 
 
 def _kinds(*sides: Sequence[Row]) -> list[tuple[Any, ...]]:

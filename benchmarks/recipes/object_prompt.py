@@ -33,7 +33,9 @@ from benchmarks.recipes.common import (
     Arm,
     Row,
     best_device,
+    check_arms,
     choose_candidate,
+    parse_recipe,
     recipe_parser,
     train_once,
 )
@@ -166,9 +168,7 @@ class Recipe:
         self.size, self.out, self.device = SIZES[name], out, best_device()
         known = (*STREAM_ARMS, *GUIDANCE_ARMS)
         self.arm_names = known if arms is None else tuple(arms)
-        unknown = set(self.arm_names) - {*known}
-        if unknown:
-            raise SystemExit(f"`--arms` must be some of {', '.join(known)}, got {', '.join(sorted(unknown))}.")
+        check_arms(self.arm_names, known)
         self.arms = build_arms(self.size, out / "cache")
 
     def weights(self, name: str) -> Path:
@@ -250,11 +250,8 @@ def _rounded(row: Row) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe."""
-    args = recipe_parser(__doc__.splitlines()[0], "object-prompt").parse_args(argv)
-    if args.record and args.arms:
-        raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
-    out = args.out or Path("outputs") / "reproduce" / f"object-prompt-{args.preset}"
-    out.mkdir(parents=True, exist_ok=True)
+    args = parse_recipe(recipe_parser(__doc__.splitlines()[0], "object-prompt"), "object-prompt", argv)
+    out = args.out
     recipe = Recipe(args.preset, out, args.arms)
     guided = [name for name in recipe.arm_names if name in GUIDANCE_ARMS]
     if guided:

@@ -18,8 +18,7 @@ from objectcompose.evaluation.composition_maps import paint_with_key_maps
 from objectcompose.evaluation.composition_metrics import with_gain
 from objectcompose.evaluation.generation import picture_seed
 from objectcompose.evaluation.toybox_object_sets import ObjectSet, toybox_object_sets
-from objectcompose.examples.demo_object_prompt import on_white
-from objectcompose.examples.gallery import GalleryRow, save_gallery
+from objectcompose.examples.gallery import GalleryRow, on_white, save_gallery
 from objectcompose.files import write_atomically
 from objectcompose.pipelines.plot import overlay_map
 from objectcompose.toybox.weights import active_preset

@@ -29,8 +29,10 @@ from benchmarks.recipes.common import (
     Options,
     Row,
     best_device,
+    check_arms,
     choose_candidate,
     load_arm,
+    parse_recipe,
     recipe_parser,
     train_once,
     trained_share,
@@ -160,9 +162,7 @@ class Recipe:
         self.size, self.out, self.device = SIZES[name], out, best_device()
         self.arm_names = tuple(arms or self.size.arms)
         self.arms = build_arms(self.size)
-        unknown = set(self.arm_names) - {*ALL_ARMS}
-        if unknown:
-            raise SystemExit(f"`--arms` must be some of {', '.join(ALL_ARMS)}, got {', '.join(sorted(unknown))}.")
+        check_arms(self.arm_names, ALL_ARMS)
         self.state = PartialState(cpu=self.device == "cpu")
         self.judge = JudgePresence(Judge.load(self.device))
         self.features = load_features("judge", None, self.device)
@@ -306,11 +306,8 @@ def save_sheet(recipe: Recipe, rows: Sequence[Row], columns: int = 6) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe."""
-    args = recipe_parser(__doc__.splitlines()[0], "tokencompose").parse_args(argv)
-    if args.record and args.arms:
-        raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
-    out = args.out or Path("outputs") / "reproduce" / f"tokencompose-{args.preset}"
-    out.mkdir(parents=True, exist_ok=True)
+    args = parse_recipe(recipe_parser(__doc__.splitlines()[0], "tokencompose"), "tokencompose", argv)
+    out = args.out
     recipe = Recipe(args.preset, out, args.arms)
     rows = [row for name in recipe.arm_names for row in recipe.measure(name)]
     for name in ("tokencompose", ATTEND_AND_EXCITE):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.measure import ratio_of_pairs
-from benchmarks.recipes.common import Row, paired_metrics
+from benchmarks.recipes.common import Row, metrics_of_arm, paired_metrics
 from objectcompose.evaluation.multigen import multigen_metrics
 from objectcompose.evaluation.report import share_metrics
 from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
@@ -33,11 +33,6 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float | bool]:
     return metrics
 
 
-def _named(values: dict[str, float], arm: str) -> dict[str, float]:
-    """`mg3.lo` becomes `mg3.<arm>.lo`."""
-    return {".".join([key.split(".")[0], arm, *key.split(".")[1:]]): value for key, value in values.items()}
-
-
 def _arm_metrics(arm: str, cases: dict[str, list[Row]]) -> dict[str, float | bool]:
     found: dict[str, float] = {}
     metrics: dict[str, float | bool] = {}
@@ -58,7 +53,7 @@ def _arm_metrics(arm: str, cases: dict[str, list[Row]]) -> dict[str, float | boo
         ratio = ratio_of_pairs(*([row[side] for row in cases["seconds"]] for side in ("seconds_a", "seconds_b")))
         metrics |= {f"seconds_ratio.{arm}": ratio.ratio, f"seconds_ratio.{arm}.iqr": ratio.iqr}
         metrics[f"seconds_ratio.{arm}.valid"] = ratio.valid
-    return {**_named(found, arm), **metrics}
+    return {**metrics_of_arm(found, arm), **metrics}
 
 
 def _is_complete(row: Row) -> float:

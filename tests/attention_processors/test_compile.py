@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from objectcompose.attention_processors.branch import Branch
-from objectcompose.attention_processors.compiled import prepare_parts
+from objectcompose.attention_processors.compiled import is_compiled, prepare_parts
 from objectcompose.attention_processors.install import match_layers, use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
 from objectcompose.attention_processors.probe import RegionMassProbe, TokenMapProbe
@@ -63,10 +63,11 @@ def test_conflicts_are_found_before_a_compiled_pass(part):
     cross = match_layers(unet, r"attn2$")
     branches = [Branch(random_keys_values(unet, cross, 2, 4), half_regions(), mode="replace") for _ in range(2)]
     with use_parts(unet, branches):
-        prepare_parts(unet, inputs["sample"])  # of a plain model nothing is asked
+        assert not is_compiled(unet)
         if part == "model":
             unet = torch.compile(unet, backend="eager")
         else:
             unet.mid_block.compile(backend="eager")
+        assert is_compiled(unet)
         with pytest.raises(PartConflictError, match="one cell"):
             prepare_parts(unet, inputs["sample"])

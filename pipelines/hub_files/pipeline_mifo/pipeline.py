@@ -175,6 +175,7 @@ class SamplingState:
         added_cond_kwargs: IP-Adapter's embeddings for the UNet, or None.
         timestep_cond: the guidance scale as a condition of distilled UNets, or None.
         extra_step_kwargs: of the scheduler's `step`.
+        is_compiled: whether the UNet is; its parts are prepared before each pass then.
     """
 
     device: "torch.device"
@@ -186,6 +187,7 @@ class SamplingState:
     added_cond_kwargs: "dict[str, Any] | None"
     timestep_cond: "torch.Tensor | None"
     extra_step_kwargs: "dict[str, Any]"
+    is_compiled: "bool"
 
 
 # --- objectcompose.errors
@@ -3027,7 +3029,7 @@ def is_compiled(unet: "Any") -> "bool":
 
 
 def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
-    """Build what the installed parts of a compiled UNet need for its next pass; nothing to do for any other model.
+    """Build what the installed parts of a compiled UNet (`is_compiled`) need for its next pass.
 
     Args:
         unet: the model.
@@ -3036,8 +3038,6 @@ def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
     Raises:
         RegionError: a part's regions do not fit a grid or the batch.
     """
-    if not is_compiled(unet):
-        return
     levels = layer_levels(unet)
     height, width = sample.shape[-2:]
     grids = grids_of(height, width, 1 + max(levels.values(), default=0))
@@ -3087,7 +3087,8 @@ def run_until(unet: "Any", last_layers: "str | Sequence[str]", *args: "Any", **k
     """
     names = match_layers(unet, last_layers)
     if not can_leave_early(unet):
-        prepare_parts(unet, args[0] if args else kwargs["sample"])
+        if is_compiled(unet):
+            prepare_parts(unet, args[0] if args else kwargs["sample"])
         unet(*args, **kwargs)
         return
     modules = {_exit_module_name(unet, name) for name in names}
@@ -3133,11 +3134,12 @@ def _exit_module_name(unet: "Any", layer: "str") -> "str":
 
 
 def _offloads_by_layer(module: "Any") -> "bool":
-    hook = getattr(module, "_hf_hook", None)
+    attributes = vars(module)  # `getattr` of what is missing costs a module ten times as much
+    hook = attributes.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # several hooks in sequence, or one
     if any(getattr(one, "offload", False) for one in hooks if one is not None):
         return True
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = attributes.get("_diffusers_hook")
     return registry is not None and any("offload" in name for name in registry.hooks)
 
 
@@ -5316,6 +5318,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             added_cond_kwargs,
             timestep_cond=self.prepare_timestep_cond(num_images, device, latents.dtype),
             extra_step_kwargs=self.prepare_extra_step_kwargs(call.generator, call.eta),
+            is_compiled=is_compiled(self.unet),
         )
 
     def make_recorder(
@@ -5400,7 +5403,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """The UNet's prediction for `state.latents`: `(2 * M, C, h, w)` as [uncond, cond] under guidance, else M."""
         # a callback may have changed the guidance scale, hence asked anew in each step
         latents = torch.cat([state.latents] * 2) if self.do_classifier_free_guidance else state.latents
-        prepare_parts(self.unet, latents)
+        if state.is_compiled:
+            prepare_parts(self.unet, latents)
         return self.unet(
             self.scheduler.scale_model_input(latents, timestep),
             timestep,

@@ -169,6 +169,7 @@ class SamplingState:
         added_cond_kwargs: IP-Adapter's embeddings for the UNet, or None.
         timestep_cond: the guidance scale as a condition of distilled UNets, or None.
         extra_step_kwargs: of the scheduler's `step`.
+        is_compiled: whether the UNet is; its parts are prepared before each pass then.
     """
 
     device: "torch.device"
@@ -180,6 +181,7 @@ class SamplingState:
     added_cond_kwargs: "dict[str, Any] | None"
     timestep_cond: "torch.Tensor | None"
     extra_step_kwargs: "dict[str, Any]"
+    is_compiled: "bool"
 
 
 # --- objectcompose.pipelines.pipeline_output
@@ -2453,7 +2455,7 @@ def is_compiled(unet: "Any") -> "bool":
 
 
 def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
-    """Build what the installed parts of a compiled UNet need for its next pass; nothing to do for any other model.
+    """Build what the installed parts of a compiled UNet (`is_compiled`) need for its next pass.
 
     Args:
         unet: the model.
@@ -2462,8 +2464,6 @@ def prepare_parts(unet: "Any", sample: "torch.Tensor") -> "None":
     Raises:
         RegionError: a part's regions do not fit a grid or the batch.
     """
-    if not is_compiled(unet):
-        return
     levels = layer_levels(unet)
     height, width = sample.shape[-2:]
     grids = grids_of(height, width, 1 + max(levels.values(), default=0))
@@ -3741,6 +3741,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             added_cond_kwargs,
             timestep_cond=self.prepare_timestep_cond(num_images, device, latents.dtype),
             extra_step_kwargs=self.prepare_extra_step_kwargs(call.generator, call.eta),
+            is_compiled=is_compiled(self.unet),
         )
 
     def make_recorder(
@@ -3825,7 +3826,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         """The UNet's prediction for `state.latents`: `(2 * M, C, h, w)` as [uncond, cond] under guidance, else M."""
         # a callback may have changed the guidance scale, hence asked anew in each step
         latents = torch.cat([state.latents] * 2) if self.do_classifier_free_guidance else state.latents
-        prepare_parts(self.unet, latents)
+        if state.is_compiled:
+            prepare_parts(self.unet, latents)
         return self.unet(
             self.scheduler.scale_model_input(latents, timestep),
             timestep,
