@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Model
 
 from objectcompose.errors import CheckpointError, ObjectComposeError
@@ -36,10 +34,10 @@ from objectcompose.evaluation.presence import (
     chosen_records,
     paint_for,
 )
-from objectcompose.evaluation.processes import groups_of_process, process_state
+from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.report import write_report
-from objectcompose.evaluation.row_log import RowLog
+from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.evaluation.toybox_object_sets import (
     SET_COUNTS,
     SET_KINDS,
@@ -233,25 +231,24 @@ def score_pictures(
     """
     require_pictures(pictures)
     place = folder / hashlib.sha256(scorer.identity().encode()).hexdigest()[:16]
-    bar = tqdm(total=len(pictures), desc="judge", unit="picture", disable=not state.is_main_process)
-    mine: list[Row] = []
-    with RowLog(place, state.process_index) as log:
-        for group in groups_of_process(pictures, batch_size, state):
-            for picture in group:
-                content, one = picture.path.read_bytes(), sets[picture.record.id]
-                digest = hashlib.sha256(content + sets_digest([one]).encode()).hexdigest()[:32]
-                key = f"{picture.path.name} {digest}"
-                if key not in log.rows:
-                    log.add(key, {"objects": scorer.score(picture.path, one)})
-                labels = {"set": one.record.id, "round": picture.round, "kind": one.record.kind}
-                mine += [
-                    {**labels, "count": len(one.identities), "object": number, **row}
-                    for number, row in enumerate(log.rows[key]["objects"])
-                ]
-            log.flush()
-            bar.update(len(group) * state.num_processes)
-    bar.close()
-    return sorted(gather_object(mine), key=lambda row: (row["set"], row["round"], row["object"]))
+
+    def measure(group: Sequence[Picture], log: RowLog) -> list[Row]:
+        rows = []
+        for picture in group:
+            content, one = picture.path.read_bytes(), sets[picture.record.id]
+            digest = hashlib.sha256(content + sets_digest([one]).encode()).hexdigest()[:32]
+            key = f"{picture.path.name} {digest}"
+            if key not in log.rows:
+                log.add(key, {"objects": scorer.score(picture.path, one)})
+            labels = {"set": one.record.id, "round": picture.round, "kind": one.record.kind}
+            rows += [
+                {**labels, "count": len(one.identities), "object": number, **row}
+                for number, row in enumerate(log.rows[key]["objects"])
+            ]
+        return rows
+
+    rows = measure_groups(pictures, measure, place, batch_size, state, "judge")
+    return sorted(rows, key=lambda row: (row["set"], row["round"], row["object"]))
 
 
 def _report(args: argparse.Namespace, scored_with: str, sets: dict[str, ObjectSet], rows: Sequence[Row]) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -18,14 +19,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
-from tqdm.auto import tqdm
 
 from objectcompose.errors import ImageInputError, ObjectComposeError
 from objectcompose.evaluation.generation import Picture, require_pictures
-from objectcompose.evaluation.processes import groups_of_process
-from objectcompose.evaluation.row_log import RowLog
+from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.grounding.detection import Detection
 from objectcompose.grounding.grounder import usable_device
 from objectcompose.grounding.inputs import check_ground_picture
@@ -223,15 +221,8 @@ def look_at_pictures(
     detector.check_categories(sorted({name for picture in pictures for name in picture.record.categories}))
     require_pictures(pictures)
     place = Path(folder) / f"{detector.name}-{sha256(detector.identity().encode()).hexdigest()[:16]}"
-    bar = tqdm(total=len(pictures), desc=detector.name, unit="picture", disable=not state.is_main_process)
-    mine: list[tuple[str, list[Sighting]]] = []
-    with RowLog(place, state.process_index) as log:
-        for group in groups_of_process(pictures, batch_size, state):
-            mine += _look_at_group(detector, group, log)
-            bar.update(len(group) * state.num_processes)
-    bar.close()
-    state.wait_for_everyone()
-    found = dict(gather_object(mine))
+    seen = measure_groups(pictures, partial(_look_at_group, detector), place, batch_size, state, label=detector.name)
+    found = dict(seen)
     return [found[picture.path.name] for picture in pictures]
 
 
@@ -252,7 +243,6 @@ def _look_at_group(
             log.add(
                 keys[index], {"classes": [one.category for one in seen], "scores": [float(one.score) for one in seen]}
             )
-        log.flush()
     rows = [log.rows[key] for key in keys]
     return [
         (picture.path.name, [Sighting(*pair) for pair in zip(row["classes"], row["scores"], strict=True)])

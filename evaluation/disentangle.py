@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from objectcompose.errors import CheckpointError, ObjectComposeError
 from objectcompose.evaluation.crop_similarity import DEFAULT_DINO
@@ -41,15 +40,14 @@ from objectcompose.evaluation.generation import Picture, list_pictures, paint_re
 from objectcompose.evaluation.models import load_evaluated
 from objectcompose.evaluation.presence import (
     PICTURE_FOLDER,
-    SAMPLING,
-    TOYBOX_SAMPLING,
     add_painting_arguments,
     add_step_argument,
+    sampling_options,
 )
-from objectcompose.evaluation.processes import groups_of_process, process_state
+from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.report import write_report
-from objectcompose.evaluation.row_log import RowLog
+from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.layout_fields import check_picture
 from objectcompose.pipelines.learned_instances import WEIGHT_FOLDER, learned_names, load_instances
 from objectcompose.pipelines.mifo_control import box_control_options
@@ -163,12 +161,10 @@ def _paint(
     place: str,
     state: PartialState,
 ) -> list[Picture]:
+    options = sampling_options(args)
     whole = args.learned / WEIGHT_FOLDER
     if args.model is None and (whole / "model_index.json").is_file():  # toybox after a stage 2 of the whole model
         args = argparse.Namespace(**{**vars(args), "model": str(whole)})
-        steps, guidance_scale = TOYBOX_SAMPLING
-    else:
-        steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
     pipeline = load_evaluated(args, place, "mifo")
     load_instances(pipeline, args.learned)
     return paint_case(
@@ -177,13 +173,7 @@ def _paint(
         prompts,
         args.out / PICTURE_FOLDER,
         {"use_box_control": not args.no_box_control, "box_control": args.box_control},
-        rounds=args.rounds,
-        steps=steps if args.steps is None else args.steps,
-        guidance_scale=guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        batch_size=args.batch_size,
+        **options,
         state=state,
     )
 
@@ -211,19 +201,21 @@ def score_pictures(
         ImageInputError: a picture cannot be read.
     """
     names = repr(sorted(scorer.identity().items())) + case_digest(case, list(prompts.values()))
-    mine: list[Row] = []
-    with RowLog(folder / sha256(names.encode()).hexdigest()[:16], state.process_index) as log:
-        for group in groups_of_process(pictures, 8, state):
-            for picture in group:
-                key = f"{picture.path.name} {sha256(picture.path.read_bytes()).hexdigest()[:32]}"
-                if key not in log.rows:
-                    image = check_picture(picture.path, str(picture.path)).convert("RGB")
-                    log.add(key, scorer.score(image, case, prompts[picture.record.id]))
-                facts = {"scene": case.name, "prompt": picture.record.id, "round": picture.round, "kind": case.kind}
-                mine.append({**facts, **log.rows[key]})
-            log.flush()
-    state.wait_for_everyone()
-    return sorted(gather_object(mine), key=lambda row: (row["prompt"], row["round"]))
+    place = folder / sha256(names.encode()).hexdigest()[:16]
+
+    def measure(group: Sequence[Picture], log: RowLog) -> list[Row]:
+        rows = []
+        for picture in group:
+            key = f"{picture.path.name} {sha256(picture.path.read_bytes()).hexdigest()[:32]}"
+            if key not in log.rows:
+                image = check_picture(picture.path, str(picture.path)).convert("RGB")
+                log.add(key, scorer.score(image, case, prompts[picture.record.id]))
+            facts = {"scene": case.name, "prompt": picture.record.id, "round": picture.round, "kind": case.kind}
+            rows.append({**facts, **log.rows[key]})
+        return rows
+
+    rows = measure_groups(pictures, measure, place, 8, state, "score")
+    return sorted(rows, key=lambda row: (row["prompt"], row["round"]))
 
 
 def _protocol(args: argparse.Namespace, case: InstanceCase) -> str:

@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
-from tqdm.auto import tqdm
 
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
 from objectcompose.evaluation.crop_similarity import (
@@ -49,10 +47,10 @@ from objectcompose.evaluation.layout_painting import (
 )
 from objectcompose.evaluation.models import EVALUATED_DTYPES
 from objectcompose.evaluation.presence import PICTURE_FOLDER, add_painting_arguments, add_step_argument
-from objectcompose.evaluation.processes import groups_of_process, process_state
+from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import check_records
 from objectcompose.evaluation.report import write_report
-from objectcompose.evaluation.row_log import RowLog
+from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.evaluation.toybox_layouts import LAYOUTS, toybox_layouts
 from objectcompose.layout_fields import check_picture
 from objectcompose.toybox.weights import active_preset
@@ -207,16 +205,12 @@ class _Measures:
     ) -> dict[str, dict[str, Any]]:
         """`found` and `cosines` of each view by its key, in every process; each measures its share."""
         digest = sha256(repr(sorted(self.identities().items())).encode()).hexdigest()[:16]
-        bar = tqdm(total=len(views), desc="measure", unit="picture", disable=not state.is_main_process)
-        mine: list[tuple[str, dict[str, Any]]] = []
-        with RowLog(folder / f"{self.detector.name}-{digest}", state.process_index) as log:
-            for group in groups_of_process(views, batch_size, state):
-                mine += [(view.key, self._row(view, log)) for view in group]
-                log.flush()
-                bar.update(len(group) * state.num_processes)
-        bar.close()
-        state.wait_for_everyone()
-        return dict(gather_object(mine))
+
+        def measure(group: Sequence[_View], log: RowLog) -> list[tuple[str, dict[str, Any]]]:
+            return [(view.key, self._row(view, log)) for view in group]
+
+        place = folder / f"{self.detector.name}-{digest}"
+        return dict(measure_groups(views, measure, place, batch_size, state, label="measure"))
 
     def _row(self, view: _View, log: RowLog) -> dict[str, Any]:
         """One view, from the log if its picture and layout are the same."""

@@ -23,7 +23,7 @@ from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeErro
 from objectcompose.evaluation.generation import paint_records
 from objectcompose.evaluation.layout_cases import LayoutCase, layouts_digest
 from objectcompose.evaluation.models import load_evaluated
-from objectcompose.evaluation.presence import PICTURE_FOLDER, SAMPLING, TOYBOX_SAMPLING
+from objectcompose.evaluation.presence import PICTURE_FOLDER, sampling_options
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.grounding.loading import first_line
 from objectcompose.layout import SceneObject
@@ -90,20 +90,15 @@ def paint_layouts(args: argparse.Namespace, cases: Sequence[LayoutCase], place: 
     Raises:
         CheckpointError: something cannot be loaded, or the folder holds pictures of something else.
     """
-    steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
-    guidance_scale = guidance_scale if args.guidance_scale is None else args.guidance_scale
-    pipeline, arguments = _painter(args, {case.record.id: case for case in cases}, place, guidance_scale)
+    options = sampling_options(args)
+    if args.ip_adapter is not None:
+        options["batch_size"] = 1  # diffusers takes masks for one prompt
+    pipeline, arguments = _painter(args, {case.record.id: case for case in cases}, place, options["guidance_scale"])
     paint_records(
         pipeline,
         [case.record for case in cases],
         args.out / PICTURE_FOLDER,
-        rounds=args.rounds,
-        steps=steps if args.steps is None else args.steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        batch_size=args.batch_size if args.ip_adapter is None else 1,
+        **options,
         call_arguments=arguments,
         call_identity=f"{painter_words(args)}, layouts {layouts_digest(cases)}",
         state=state,

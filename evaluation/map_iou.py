@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.evaluation.attention_iou import (
@@ -31,9 +29,9 @@ from objectcompose.evaluation.attention_iou import (
 )
 from objectcompose.evaluation.models import add_model_arguments, load_evaluated
 from objectcompose.evaluation.pipeline_identity import pipeline_identity
-from objectcompose.evaluation.processes import groups_of_process, process_state
+from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.report import write_report
-from objectcompose.evaluation.row_log import RowLog
+from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training.grounded_captions import CaptionDataset, GroundedCaptions, ToyboxCaptions, read_records
 from objectcompose.training.token_compose_losses import SUPERVISED_LAYERS
@@ -143,16 +141,13 @@ def measure_maps(
         `map_scores`.
     """
     asked = json.dumps([pipeline_identity(attention.pipeline), attention.layers])
-    mine: list[Row] = []
-    bar = tqdm(total=len(numbers), desc=f"maps ({split})", unit="picture", disable=not state.is_main_process)
     place = out / "maps" / hashlib.sha256(asked.encode()).hexdigest()[:16]
-    with RowLog(place, state.process_index) as log:
-        for group in groups_of_process(numbers, batch_size, state):
-            for timestep in timesteps:
-                mine += _measure_group(attention, dataset, group, split, timestep, log)
-            bar.update(len(group) * state.num_processes)
-    bar.close()
-    return sorted(gather_object(mine), key=lambda row: (row["sample"], row["t"], row["phrase"]))
+
+    def measure(group: Sequence[int], log: RowLog) -> list[Row]:
+        return [row for t in timesteps for row in _measure_group(attention, dataset, group, split, t, log)]
+
+    rows = measure_groups(numbers, measure, place, batch_size, state, f"maps ({split})")
+    return sorted(rows, key=lambda row: (row["sample"], row["t"], row["phrase"]))
 
 
 def _measure_group(
@@ -168,7 +163,6 @@ def _measure_group(
         for number, one in zip(waiting, captions, strict=True):
             entries = zip(one.sample.phrases, scores.get(one.name, []), strict=True)
             log.add(keys[number], {"nouns": [{"phrase": phrase, **score} for phrase, score in entries]})
-        log.flush()
     return [
         {"split": split, "sample": number, "t": timestep, **noun}
         for number in group

@@ -76,6 +76,20 @@ def add_painting_arguments(parser: argparse.ArgumentParser, rounds: int) -> None
     add_model_arguments(parser)
 
 
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of `add_painting_arguments` say to `paint_records`, defaults filled in."""
+    steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
+    return {
+        "rounds": args.rounds,
+        "steps": steps if args.steps is None else args.steps,
+        "guidance_scale": guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "negative_prompt": args.negative_prompt,
+        "height": args.height,
+        "width": args.width,
+        "batch_size": args.batch_size,
+    }
+
+
 def add_step_argument(parser: argparse.ArgumentParser) -> None:
     """Declare that painting and scoring may be run one without the other."""
     parser.add_argument("--only", choices=("generate", "score"), help="one of the two steps; default: both")
@@ -136,18 +150,11 @@ def paint_for(
         if manifest is not None and manifest.get("prompts") != prompts_digest(records):
             raise CheckpointError(f"`--out` {args.out} holds pictures of another list of prompts than the one given.")
         return pictures
-    steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
     return paint_records(
         load(args, args.device or str(state.device)),
         records,
         folder,
-        rounds=args.rounds,
-        steps=steps if args.steps is None else args.steps,
-        guidance_scale=guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        batch_size=args.batch_size,
+        **sampling_options(args),
         call_arguments=call_arguments,
         call_identity=call_identity,
         state=state,

@@ -7,9 +7,20 @@ processes. A line that a kill tore is left out and its row made anew.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from objectcompose.evaluation.processes import groups_of_process
+
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class RowLog:
@@ -49,6 +60,41 @@ class RowLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+
+
+def measure_groups(
+    items: Sequence[Item],
+    measure: Callable[[list[Item], RowLog], list[Found]],
+    folder: str | Path,
+    batch_size: int,
+    state: PartialState,
+    label: str,
+) -> list[Found]:
+    """What `measure` finds in all items, this process measuring its share.
+
+    Args:
+        items: the same in all processes.
+        measure: from a group of items and the log to what is found; it looks into the log first, and adds to it.
+        folder: of the log.
+        batch_size: items in a group; the log is written out after each.
+        state: the processes.
+        label: of the progress bar.
+
+    Returns:
+        In every process, what was found in all of them, process by process.
+
+    Raises:
+        ObjectComposeError: `batch_size` is below 1.
+    """
+    found: list[Found] = []
+    bar = tqdm(total=len(items), desc=label, unit="picture", disable=not state.is_main_process)
+    with RowLog(folder, state.process_index) as log, bar:
+        for group in groups_of_process(items, batch_size, state):
+            found += measure(group, log)
+            log.flush()
+            bar.update(len(group) * state.num_processes)
+    state.wait_for_everyone()
+    return gather_object(found)
 
 
 def read_rows(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -98,7 +98,7 @@ SIZES = {
     "smoke": Size(
         64, 12, 8, 0, Sets((2,), ("seen", "unseen"), 1, 2), Sets((2, 3), ("seen", "unseen"), 3, 2), True, False
     ),
-    "cpu": Size(6000, 4000, 8, 200, Sets((2, 3), _DISTINCT, 4, 8), Sets(SET_COUNTS, SET_KINDS, 4, 4)),
+    "cpu": Size(6000, 3000, 8, 100, Sets((2, 3), _DISTINCT, 4, 8), Sets(SET_COUNTS, SET_KINDS, 3, 3)),
     "gpu": Size(16_000, 2000, 32, 150, Sets((2, 3), _DISTINCT, 8, 8), Sets(SET_COUNTS, SET_KINDS, 8, 8)),
 }
 DEV_SETS = Sets((2, 3), ("seen", "unseen"), 2, 2)

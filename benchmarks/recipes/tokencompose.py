@@ -69,6 +69,7 @@ class Size:
         batch_size: samples of a step.
         trial_steps: of each trial on the dev split; 0 takes each arm's first candidate.
         prompts: of the test list, per number of objects.
+        pairs: of categories, one prompt each.
         rounds: pictures per prompt.
         map_scenes: whose attention maps are measured.
         real_scenes: that the Frechet distance compares with; 0 leaves it out.
@@ -80,6 +81,7 @@ class Size:
     batch_size: int
     trial_steps: int
     prompts: int
+    pairs: int
     rounds: int
     map_scenes: int
     real_scenes: int
@@ -90,9 +92,9 @@ ALL_ARMS = (
     ATTEND_AND_EXCITE,
 )  # fmt: skip
 SIZES = {
-    "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 1, 32, 0),
-    "cpu": Size(ALL_ARMS, 8000, 1500, 16, 200, 24, 3, 100, 500),
-    "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 10, 500, 2000),
+    "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 16, 1, 32, 0),
+    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 900, 8, 100, 24, 48, 3, 100, 300),
+    "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 256, 10, 500, 2000),
 }
 DEV_PROMPTS, DEV_SCENES = 6, 32
 #: Of toybox. Stable Diffusion's defaults, 1e-3 and 5e-5, are for 24,000 steps.
@@ -214,7 +216,7 @@ class Recipe:
         ]
         return {
             "test": (toybox_prompts(preset, "test", self.size.prompts), self.size.rounds),
-            "pairs": (toybox_pairs(preset)[: 8 * self.size.prompts], self.size.rounds),
+            "pairs": (toybox_pairs(preset)[: self.size.pairs], self.size.rounds),
             "single": (singles, 2 * self.size.rounds),
         }
 
