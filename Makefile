@@ -8,7 +8,7 @@ SCRATCH := build/scratch
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-slow test-gpu quality style types build-check hub-files hub-files-check bench \
-	verify-results reproduce-tokencompose reproduce-locref reproduce-object-prompt reproduce-mifo app toybox clean
+	results-page verify-results reproduce-tokencompose reproduce-locref reproduce-object-prompt reproduce-mifo app toybox clean
 
 $(STAMP): pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -71,9 +71,13 @@ hub-files-check: $(STAMP)
 bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do \
 		name=$$(basename $$script .py); \
-		case $$name in measure|__init__) continue;; esac; \
+		{ grep -q '^def main' $$script && [ $$name != results_page ]; } || continue; \
 		echo "benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
 	done
+	$(PY) -m benchmarks.results_page
+
+results-page: $(STAMP)  ## RESULTS.md and README's table from benchmarks/results
+	$(PY) -m benchmarks.results_page
 
 # PRESET=smoke takes minutes, cpu hours, gpu minutes on a GPU; run it again to go on.
 reproduce-tokencompose reproduce-locref reproduce-object-prompt reproduce-mifo: $(STAMP)

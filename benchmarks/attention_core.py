@@ -9,7 +9,6 @@ gradients, each in a fresh process, as a share of one explicit float32 map of th
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
+from benchmarks.cost_file import cost_parser, parse_cost, write_cost
 from benchmarks.measure import flops, measuring_inputs, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
 from objectcompose.attention_processors.branch import Branch
 from objectcompose.attention_processors.early_exit import run_until
 from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
 from objectcompose.attention_processors.probe import RegionMassProbe, TokenMapProbe
 from objectcompose.attention_processors.processor import ComposedAttnProcessor
-from objectcompose.evaluation.results import write_result
 
 
 NUM_OBJECTS = 4
@@ -164,26 +163,9 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write `benchmarks/results/attention_core.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="of times and FLOPs; memory uses CUDA where there is one")
-    parser.add_argument("--pairs", type=int, default=9, help="timed runs of each side")
-    parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
-    args = parser.parse_args(argv)
+    args = parse_cost(cost_parser(__doc__, pairs=9), argv)
     rows = memory_rows() + time_and_flops_rows(args.device, args.pairs)
-    metrics = metrics_of_rows(rows)
-    write_result(
-        "attention_core",
-        metrics,
-        rows,
-        command=f"python -m benchmarks.attention_core --device {args.device} --pairs {args.pairs}",
-        seeds=[0],
-        protocol=PROTOCOL,
-        recompute="benchmarks.attention_core:metrics_of_rows",
-        folder=args.folder,
-    )
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4f}")
-    return 0
+    return write_cost("attention_core", args, rows, metrics_of_rows, PROTOCOL)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ break (`fullgraph=True` raises where one would); new parts of the same kind must
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.attention_core import TOKEN_LAYERS, Quadrants, branch_parts
+from benchmarks.cost_file import cost_parser, parse_cost, write_cost
 from benchmarks.measure import measuring_inputs, measuring_unet, paired_ratio, ratio_of_pairs
 from objectcompose.attention_processors.compiled import prepare_parts
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
 from objectcompose.attention_processors.probe import TokenMapProbe
-from objectcompose.evaluation.results import write_result
 
 
 NUM_TOKENS = 77
@@ -119,26 +118,8 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write `benchmarks/results/compile.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="where it runs")
-    parser.add_argument("--pairs", type=int, default=9, help="timed runs of each side")
-    parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
-    args = parser.parse_args(argv)
-    rows = measured_rows(args.device, args.pairs)
-    metrics = metrics_of_rows(rows)
-    write_result(
-        "compile",
-        metrics,
-        rows,
-        command=f"python -m benchmarks.compile --device {args.device} --pairs {args.pairs}",
-        seeds=[0],
-        protocol=PROTOCOL,
-        recompute="benchmarks.compile:metrics_of_rows",
-        folder=args.folder,
-    )
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4f}")
-    return 0
+    args = parse_cost(cost_parser(__doc__, pairs=9), argv)
+    return write_cost("compile", args, measured_rows(args.device, args.pairs), metrics_of_rows, PROTOCOL)
 
 
 if __name__ == "__main__":

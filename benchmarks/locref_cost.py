@@ -9,7 +9,6 @@ few channels, at 64 x 64 latents; memory is of SD 1.5's full shape.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +20,14 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from benchmarks.cost_file import cost_parser, parse_cost, write_cost
 from benchmarks.measure import flops, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
 from objectcompose.adapters.locref_adapter import LocRefAdapter
-from objectcompose.evaluation.results import write_result
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline
 
 
-SIDE, STEPS, ROUNDS = 64, 2, 7
+SIDE, STEPS = 64, 2
 #: Objects of the timed calls, and of those whose FLOPs are counted; 0 is the plain pipeline.
 TIMED, COUNTED = (0, 4, 12, 20), (0, 1, 4, 12, 20)
 MEMORY_OBJECTS, MEMORY_REPEATS = 8, 1
@@ -192,29 +191,9 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write `benchmarks/results/locref_cost.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="of times and FLOPs; memory uses CUDA where there is one")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each side, at least 7")
-    parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
-    args = parser.parse_args(argv)
-    if args.rounds < 7:
-        parser.error(f"`--rounds` must be at least 7, got {args.rounds}.")
-    rows = flops_rows(args.device) + memory_rows() + time_rows(args.device, args.rounds)
-    metrics = metrics_of_rows(rows)
-    write_result(
-        "locref_cost",
-        metrics,
-        rows,
-        command=f"python -m benchmarks.locref_cost --device {args.device} --rounds {args.rounds}",
-        seeds=[0],
-        protocol=PROTOCOL,
-        recompute="benchmarks.locref_cost:metrics_of_rows",
-        timing_fields=("seconds",),
-        folder=args.folder,
-    )
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4f}")
-    return 0
+    args = parse_cost(cost_parser(__doc__), argv)
+    rows = flops_rows(args.device) + memory_rows() + time_rows(args.device, args.pairs)
+    return write_cost("locref_cost", args, rows, metrics_of_rows, PROTOCOL)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What box control costs: MIFOPipeline with its full schedule beside plain sampling, and the plain way beside it.
 
     python -m benchmarks.mifo
-    python -m benchmarks.mifo --learning                 # also the peak memory of learning, on the full shape
+    python -m benchmarks.mifo --full-memory              # also the peak memory on the full shape, and of learning
     python -m benchmarks.mifo --device cuda --width 320 --text-width 1024 --steps 50
 
 A full schedule is 15 guided of 50 steps with 5 iterations each, none left out by the early stop, masks refined 7
@@ -12,7 +12,6 @@ with `gpu.`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,10 +21,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.cost_file import cost_parser, parse_cost, write_cost
 from benchmarks.measure import flops, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
 from benchmarks.naive_box_control import NaiveBoxControl, naive_sampling
 from objectcompose.attention_processors.box_layers import control_layers
-from objectcompose.evaluation.results import write_result
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.pipelines.placement import place_phrases
@@ -53,9 +52,10 @@ PROTOCOL = (
     " in every layer, guidance on both halves through the whole UNet, no refinement; one step and one iteration"
     " measured, counted 50 and 75 times. Ratios over StableDiffusionPipeline with the same steps, sides alternated."
     f" Memory: {MEMORY_STEPS} steps, one guided (naive: one step, one iteration), in fresh processes, median of"
-    f" {MEMORY_REPEATS}: CUDA peak with weights; on a CPU the peak above what was loaded. Learning: one optimizer step"
-    " of stage 1, and of stage 2 with LoRA and a class picture, on the shape of Stable Diffusion 2.1 in float32, peak"
-    " of a fresh process less what Python and its libraries hold."
+    f" {MEMORY_REPEATS}: CUDA peak with weights; on a CPU the peak above what was loaded. Full memory and learning: on"
+    " the shape of Stable Diffusion 2.1 in float32, weights included, peak of a fresh process less what Python and its"
+    f" libraries hold; sampling: {MEMORY_STEPS} steps, one guided; learning: one optimizer step of stage 1, and of"
+    " stage 2 with LoRA and a class picture."
 )
 
 
@@ -213,12 +213,15 @@ def memory_rows(width: int, text_width: int) -> list[dict[str, Any]]:
     return rows
 
 
-def learning_rows(width: int, text_width: int, text_layers: int) -> list[dict[str, Any]]:
-    """Peak memory of learning in fresh processes."""
-    shape = {"width": width, "text_width": text_width, "text_layers": text_layers}
-    rows = [{"case": "learning", "side": "nothing", **_peak("prepare_nothing")}]
+def full_rows() -> list[dict[str, Any]]:
+    """Peak memory of sampling and learning on the full shape, in fresh processes."""
+    shape = {"width": FULL_WIDTH, "text_width": FULL_TEXT_WIDTH}
+    rows = [{"case": "full", "side": "nothing", **_peak("prepare_nothing")}]
+    for side in ("plain", "ours"):
+        rows.append({"case": "full", "side": side, **_peak("prepare_call", side=side, steps=MEMORY_STEPS, **shape)})
+    shape["text_layers"] = FULL_TEXT_LAYERS
     for stage, side in ((1, "stage1"), (2, "stage2_lora")):
-        rows.append({"case": "learning", "side": side, **shape, **_peak("prepare_learning", stage=stage, **shape)})
+        rows.append({"case": "full", "side": side, **_peak("prepare_learning", stage=stage, **shape)})
     return rows
 
 
@@ -252,9 +255,11 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
             side: statistics.median(_counted_bytes(row) for row in memory if row["side"] == side) for side in SIDES
         }
         metrics |= {f"memory_ratio.{side}": peaks[side] / peaks["plain"] for side in ("ours", "naive")}
-    peak = {row["side"]: row["loaded_bytes"] + row["extra_bytes"] for row in cases.get("learning", [])}
-    for side in ("stage1", "stage2_lora") if peak else ():
-        metrics[f"learning_peak_gib.{side}"] = (peak[side] - peak["nothing"]) / 2**30
+    if full := cases.get("full", []):
+        held = {row["side"]: row["loaded_bytes"] + row["extra_bytes"] for row in full}
+        peak = {side: size - held["nothing"] for side, size in held.items()}
+        metrics["full_memory_ratio.ours"] = peak["ours"] / peak["plain"]
+        metrics |= {f"learning_peak_gib.{side}": peak[side] / 2**30 for side in ("stage1", "stage2_lora")}
     is_gpu = any(row.get("device") == "cuda" for row in rows)
     return {f"gpu.{name}" if is_gpu else name: value for name, value in metrics.items()}
 
@@ -271,41 +276,25 @@ def _counted_bytes(row: dict[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write `benchmarks/results/mifo_cost.json`, on a GPU `mifo_cost_gpu.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="of times and FLOPs; memory uses CUDA where there is one")
-    parser.add_argument("--pairs", type=int, default=7, help="timed runs of each side")
+    parser = cost_parser(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="of the timed calls, a multiple of 10")
     parser.add_argument("--width", type=int, default=40, help="channels of the first level; 320 is the full shape")
     parser.add_argument("--text-width", type=int, default=96, help="1024 is the full shape")
-    parser.add_argument("--learning", action="store_true", help="also measure learning, on the full shape")
+    parser.add_argument("--full-memory", action="store_true", help="also peaks on the full shape, and of learning")
     parser.add_argument("--flops-only", action="store_true", help="print ratios of FLOPs; no file")
-    parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
-    args = parser.parse_args(argv)
+    args = parse_cost(parser, argv)
     rows = flops_rows(args.steps, args.width, args.text_width, args.device)
     if not args.flops_only:
         rows += time_rows(args.pairs, args.steps, args.width, args.text_width, args.device)
         rows += memory_rows(args.width, args.text_width)
-    if args.learning:
-        rows += learning_rows(FULL_WIDTH, FULL_TEXT_WIDTH, FULL_TEXT_LAYERS)
-    metrics = metrics_of_rows(rows)
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4f}")
+    if args.full_memory:
+        rows += full_rows()
     if args.flops_only:
+        for name, value in metrics_of_rows(rows).items():
+            print(f"{name}: {value:.4f}")
         return 0
-    options = (
-        f"--device {args.device} --pairs {args.pairs} --steps {args.steps}{' --learning' if args.learning else ''}"
-    )
-    write_result(
-        "mifo_cost_gpu" if args.device.startswith("cuda") else "mifo_cost",
-        metrics,
-        rows,
-        command=f"python -m benchmarks.mifo {options} --width {args.width} --text-width {args.text_width}",
-        seeds=[0],
-        protocol=PROTOCOL,
-        recompute="benchmarks.mifo:metrics_of_rows",
-        folder=args.folder,
-    )
-    return 0
+    name = "mifo_cost_gpu" if args.device.startswith("cuda") else "mifo_cost"
+    return write_cost("mifo", args, rows, metrics_of_rows, PROTOCOL, name)
 
 
 if __name__ == "__main__":

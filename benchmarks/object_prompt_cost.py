@@ -9,7 +9,6 @@ random: segments are given as quarters of the picture, one for each object, and 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +26,10 @@ from transformers import (
     Dinov2Model,
 )
 
-from benchmarks.measure import MIN_PAIRS, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
+from benchmarks.cost_file import cost_parser, parse_cost, write_cost
+from benchmarks.measure import measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
 from benchmarks.tokencompose_cost import measuring_scheduler
 from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter
-from objectcompose.evaluation.results import write_result
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 
 
@@ -244,13 +243,7 @@ def prepare_memory(case: str, device: str = "cpu") -> Callable[[], Any]:
 
 
 def time_rows(device: str, pairs: int) -> list[dict[str, Any]]:
-    """Seconds of the parts of a guided call and of a plain one, in pairs.
-
-    Raises:
-        ValueError: fewer pairs than a ratio needs.
-    """
-    if pairs < MIN_PAIRS:
-        raise ValueError(f"`pairs` must be at least {MIN_PAIRS}, got {pairs}.")
+    """Seconds of the parts of a guided call and of a plain one, in pairs."""
     segmenter = TimedSegmenter(QuarterSegmenter(device))
     plain, ours = TimedCall(False, {}, device), TimedCall(True, {**GUIDED, "segmenter": segmenter}, device)
     rows = []
@@ -334,26 +327,9 @@ def _whole_call(case: str, row: dict[str, Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write `benchmarks/results/object_prompt_cost.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="of times; memory uses CUDA where there is one")
-    parser.add_argument("--pairs", type=int, default=MIN_PAIRS, help="timed runs of each side")
-    parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
-    args = parser.parse_args(argv)
+    args = parse_cost(cost_parser(__doc__), argv)
     rows = memory_rows() + time_rows(args.device, args.pairs)
-    metrics = metrics_of_rows(rows)
-    write_result(
-        "object_prompt_cost",
-        metrics,
-        rows,
-        command=f"python -m benchmarks.object_prompt_cost --device {args.device} --pairs {args.pairs}",
-        seeds=[0],
-        protocol=PROTOCOL,
-        recompute="benchmarks.object_prompt_cost:metrics_of_rows",
-        folder=args.folder,
-    )
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4f}")
-    return 0
+    return write_cost("object_prompt_cost", args, rows, metrics_of_rows, PROTOCOL)
 
 
 if __name__ == "__main__":

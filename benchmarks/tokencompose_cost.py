@@ -8,7 +8,6 @@ of SD 1.5's full shape. A training step goes through the whole UNet with gradien
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+from benchmarks.cost_file import cost_parser, parse_cost, write_cost
 from benchmarks.measure import flops, measuring_inputs, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
 from objectcompose.attention_processors.early_exit import run_until
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.attention_processors.losses import enhance_loss, mean_object_maps, separate_loss
 from objectcompose.attention_processors.probe import TokenMapProbe
 from objectcompose.attention_processors.regions import grids_of
-from objectcompose.evaluation.results import write_result
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from objectcompose.training.caption_encoding import EncodedCaption
 from objectcompose.training.loop import Draw
@@ -217,26 +216,9 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write `benchmarks/results/tokencompose_cost.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="of times and FLOPs; memory uses CUDA where there is one")
-    parser.add_argument("--pairs", type=int, default=9, help="timed runs of each side")
-    parser.add_argument("--folder", default="benchmarks/results", help="where the result goes")
-    args = parser.parse_args(argv)
+    args = parse_cost(cost_parser(__doc__, pairs=9), argv)
     rows = flops_rows(args.device) + memory_rows() + time_rows(args.device, args.pairs)
-    metrics = metrics_of_rows(rows)
-    write_result(
-        "tokencompose_cost",
-        metrics,
-        rows,
-        command=f"python -m benchmarks.tokencompose_cost --device {args.device} --pairs {args.pairs}",
-        seeds=[0],
-        protocol=PROTOCOL,
-        recompute="benchmarks.tokencompose_cost:metrics_of_rows",
-        folder=args.folder,
-    )
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4f}")
-    return 0
+    return write_cost("tokencompose_cost", args, rows, metrics_of_rows, PROTOCOL)
 
 
 if __name__ == "__main__":

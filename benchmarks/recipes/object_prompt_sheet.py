@@ -36,9 +36,7 @@ def save_scatter(metrics: Mapping[str, Any], path: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError(
-            f'the plot needs matplotlib: pip install "objectcompose[demo]" ({error}).'
-        ) from error
+        raise MissingPackageError(f'the plot needs matplotlib: pip install "objectcompose[dev]" ({error}).') from error
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for arm in STREAM_ARMS:

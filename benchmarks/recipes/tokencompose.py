@@ -93,7 +93,7 @@ ALL_ARMS = (
 )  # fmt: skip
 SIZES = {
     "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 16, 1, 32, 0),
-    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 900, 8, 100, 24, 48, 3, 100, 300),
+    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 1500, 8, 100, 24, 48, 3, 100, 300),
     "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 256, 10, 500, 2000),
 }
 DEV_PROMPTS, DEV_SCENES = 6, 32
