@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from objectcompose.evaluation.generation import Picture, require_pictures
 from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.grounding.detection import Detection
 from objectcompose.grounding.grounder import usable_device
+from objectcompose.grounding.grounding_dino import GroundingDinoDetector, load_grounding_dino
 from objectcompose.grounding.inputs import check_ground_picture
 from objectcompose.grounding.loading import fingerprint
 from objectcompose.grounding.owlv2 import Owlv2Detector, load_owlv2, load_owlvit
@@ -36,7 +37,7 @@ from objectcompose.toybox.judge import Judge
 #: Scores from which on sightings are kept, and above which a category counts as present.
 SAVED_SCORE, PRESENCE_SCORE = 0.01, 0.1
 QUERY = "a photo of a {}"
-PRESENCE_DETECTORS = ("judge", "owlv2", "owlvit")
+PRESENCE_DETECTORS = ("judge", "owlv2", "owlvit", "grounding-dino")
 DEFAULT_OWLV2_LARGE = "google/owlv2-large-patch14-ensemble"
 
 
@@ -73,22 +74,25 @@ class PresenceDetector(Protocol):
         """As `look`, and where it is."""
 
 
-class OwlPresence:
-    """OWLv2 or OWL-ViT.
+class PhrasePresence:
+    """OWLv2, OWL-ViT or Grounding DINO.
 
     Args:
-        detector: of grounding, with a threshold of at most `SAVED_SCORE`.
+        detector: of grounding, with thresholds of at most `SAVED_SCORE`.
     """
 
-    def __init__(self, detector: Owlv2Detector) -> None:
-        if detector.threshold > SAVED_SCORE:
-            raise ObjectComposeError(f"`detector` must keep scores from {SAVED_SCORE} on, got {detector.threshold}.")
+    def __init__(self, detector: Owlv2Detector | GroundingDinoDetector) -> None:
+        is_dino = isinstance(detector, GroundingDinoDetector)
+        threshold = max(detector.threshold, detector.text_threshold) if is_dino else detector.threshold
+        if threshold > SAVED_SCORE:
+            raise ObjectComposeError(f"`detector` must keep scores from {SAVED_SCORE} on, got {threshold}.")
         self.detector = detector
         self.name = detector.name
+        self.query = "{}" if is_dino else QUERY  # Grounding DINO reads the bare noun as its own token
 
     def identity(self) -> str:
         """See `PresenceDetector`."""
-        return f"{self.detector.identity()} {QUERY}"
+        return f"{self.detector.identity()} {self.query}"
 
     def check_categories(self, categories: Sequence[str]) -> None:
         """Any word will do."""
@@ -104,7 +108,7 @@ class OwlPresence:
         for index, picture in enumerate(pictures):
             alike.setdefault((picture.size, len(categories[index])), []).append(index)
         for group in alike.values():
-            queries = [[QUERY.format(name) for name in categories[index]] for index in group]
+            queries = [[self.query.format(name) for name in categories[index]] for index in group]
             seen = self.detector.detect([pictures[index] for index in group], queries)
             for index, asked, detections in zip(group, queries, seen, strict=True):
                 names = dict(zip(asked, categories[index], strict=True))
@@ -171,9 +175,9 @@ def load_presence(
 
     Args:
         name: one of `PRESENCE_DETECTORS`.
-        model: folder or Hub id for "owlv2" and "owlvit"; None: the one of the protocols.
+        model: folder or Hub id, not of the judge; None: the protocols' own, or Grounding DINO tiny.
         device: where it runs.
-        dtype: of OWLv2 and OWL-ViT.
+        dtype: of all but the judge.
 
     Raises:
         ObjectComposeError: an unknown name, a model for the judge, which has one only, or an unusable device.
@@ -186,9 +190,12 @@ def load_presence(
         if model is not None:
             raise ObjectComposeError(f"`detector_model` must not be given with the judge, got {str(model)!r}.")
         return JudgePresence(Judge.load(place))
+    common: dict[str, Any] = {"device": place, "dtype": dtype, "threshold": SAVED_SCORE}
     if name == "owlvit":
-        return OwlPresence(load_owlvit(model, device=place, dtype=dtype, threshold=SAVED_SCORE))
-    return OwlPresence(load_owlv2(model or DEFAULT_OWLV2_LARGE, device=place, dtype=dtype, threshold=SAVED_SCORE))
+        return PhrasePresence(load_owlvit(model, **common))
+    if name == "grounding-dino":
+        return PhrasePresence(load_grounding_dino(model, text_threshold=SAVED_SCORE, **common))
+    return PhrasePresence(load_owlv2(model or DEFAULT_OWLV2_LARGE, **common))
 
 
 def look_at_pictures(

@@ -12,7 +12,7 @@ from PIL import Image
 from objectcompose.errors import CheckpointError, ImageInputError, ObjectComposeError
 from objectcompose.evaluation.detectors import (
     JudgePresence,
-    OwlPresence,
+    PhrasePresence,
     Sighting,
     load_presence,
     look_at_pictures,
@@ -24,6 +24,7 @@ from objectcompose.evaluation.presence import presence_rows
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.row_log import RowLog, read_rows
 from objectcompose.evaluation.visor import visor_metrics
+from objectcompose.grounding.grounding_dino import GroundingDinoDetector
 from objectcompose.grounding.owlv2 import Owlv2Detector, OwlViTDetector
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.judge import Judge, build_identity_encoder, build_segmenter
@@ -44,7 +45,7 @@ def logits_of(model, processor, picture, names):
 )
 def test_queries_of_a_prompt_compete(build, kind):
     model, processor = build()
-    detector = OwlPresence(kind(model, processor, 0.01))
+    detector = PhrasePresence(kind(model, processor, 0.01))
     picture, names = helpers.picture(3), ["dog", "cup", "wine glass"]
     logits = logits_of(model, processor, picture, names)
     best, labels = logits.max(-1)
@@ -61,7 +62,7 @@ def test_queries_of_a_prompt_compete(build, kind):
 
 
 def test_pictures_of_all_sizes_and_prompts_of_all_lengths_share_a_call():
-    detector = OwlPresence(Owlv2Detector(*helpers.owlv2(), 0.01))
+    detector = PhrasePresence(Owlv2Detector(*helpers.owlv2(), 0.01))
     pictures = [helpers.picture(0), helpers.picture(1, 64, 48), helpers.picture(2)]
     names = [["dog", "cup"], ["dog", "cup"], ["cup", "wine glass", "teddy bear"]]
     together = detector.look(pictures, names)
@@ -71,19 +72,32 @@ def test_pictures_of_all_sizes_and_prompts_of_all_lengths_share_a_call():
         assert [one.score for one in found] == pytest.approx([one.score for one in alone], abs=1e-5)
 
 
+def test_grounding_dino_is_asked_for_bare_nouns():
+    model, processor = helpers.grounding_dino()
+    detector = PhrasePresence(GroundingDinoDetector(model, processor, 0.01, 0.01))
+    pictures, names = [helpers.picture(3), helpers.picture(1, 64, 48)], [["dog", "wine glass"], ["cup"]]
+    found = detector.find(pictures, names)
+    for seen, picture, asked in zip(found, pictures, names, strict=True):
+        [expected] = detector.detector.detect([picture], [asked])
+        assert [(one.category, one.box) for one in seen] == [(one.phrase, pytest.approx(one.box)) for one in expected]
+        assert {one.category for one in seen} == {*asked}
+    with pytest.raises(ObjectComposeError, match="scores from 0.01 on, got 0.25"):
+        PhrasePresence(GroundingDinoDetector(model, processor, 0.01))
+
+
 def test_loading_by_name(tmp_path):
     for part in helpers.owlvit():
         part.save_pretrained(tmp_path)
     found = load_presence("owlvit", tmp_path, device="cpu")
-    assert found.identity() == OwlPresence(OwlViTDetector(*helpers.owlvit(), 0.01)).identity()
+    assert found.identity() == PhrasePresence(OwlViTDetector(*helpers.owlvit(), 0.01)).identity()
     with pytest.raises(CheckpointError, match="owlv2"):
         load_presence("owlv2", tmp_path, device="cpu")
-    with pytest.raises(ObjectComposeError, match="`detector` must be one of judge, owlv2, owlvit, got 'yolo'"):
+    with pytest.raises(ObjectComposeError, match="`detector` must be one of judge, .*, grounding-dino, got 'yolo'"):
         load_presence("yolo", device="cpu")
     with pytest.raises(ObjectComposeError, match="detector_model"):
         load_presence("judge", tmp_path, device="cpu")
     with pytest.raises(ObjectComposeError, match="scores from 0.01 on"):
-        OwlPresence(OwlViTDetector(*helpers.owlvit(), 0.1))
+        PhrasePresence(OwlViTDetector(*helpers.owlvit(), 0.1))
 
 
 def test_the_judge_knows_its_own_categories():
