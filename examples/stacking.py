@@ -28,8 +28,8 @@ from objectcompose.training.export import DELTA_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Paint one scene with all methods, and with none."""
-    parser = argparse.ArgumentParser(description="All methods in one call.")
+    """Paint one scene with the methods together, and with the prompt alone."""
+    parser = argparse.ArgumentParser(description="TokenCompose, LocRef and MIFO in one call.")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/stacking.png"), help="PNG to write (%(default)s)")
     args = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     boxes = [{"phrase": name, "box": box} for name, box in places.items()]
     drawn = draw_layout(output.images[0].resize((256, 256)), boxes)
     overlays = [list(overlay_output(output)[0].values()), []]
-    row = GalleryRow(prompt, [drawn, plain.images[0]], ["all methods", "prompt, tuning and LoRA alone"], overlays)
+    row = GalleryRow(prompt, [drawn, plain.images[0]], ["all together", "prompt, tuning and LoRA alone"], overlays)
     print(save_gallery([row], args.out))
     return 0
 
