@@ -7,6 +7,8 @@ from pathlib import Path
 
 MAX_TOTAL_BYTES = 48 * 2**20
 MAX_FILE_BYTES = 15 * 10**6
+MAX_ADAPTER_BYTES = 4 * 2**20
+ADAPTERS = ("examples/toybox/locref/", "examples/toybox/object_prompt/")
 
 
 def main() -> int:
@@ -17,6 +19,10 @@ def main() -> int:
     failures = [
         f"{name}: {size} bytes, above {MAX_FILE_BYTES}" for name, size in sizes.items() if size > MAX_FILE_BYTES
     ]
+    for folder in ADAPTERS:
+        size = sum(size for name, size in sizes.items() if name.startswith(folder))
+        if not 0 < size <= MAX_ADAPTER_BYTES:
+            failures.append(f"{folder}: {size} bytes, not within (0, {MAX_ADAPTER_BYTES}]")
     if total >= MAX_TOTAL_BYTES:
         failures.append(f"tracked files: {total} bytes, not below {MAX_TOTAL_BYTES}")
     print("\n".join(failures) or f"{len(sizes)} tracked files, {total / 2**20:.1f} MiB")

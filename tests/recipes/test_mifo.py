@@ -113,10 +113,24 @@ def test_cost_figures_by_hand():
             {"case": "time", "side": "ours", "steps": 10, "pair": pair, "seconds_a": 2.0, "seconds_b": 1.0},
             {"case": "time", "side": "naive", "steps": 1, "pair": pair, "seconds_a": 3.0, "seconds_b": 1.0},
         ]
+    held = {"nothing": 1, "plain": 5, "ours": 6, "stage1": 1 + 2**30, "stage2_lora": 1 + 2**31}
+    rows += [{"case": "full", "side": side, "loaded_bytes": size, "extra_bytes": 0} for side, size in held.items()]
+    for repeat in range(3):  # on a CPU without what was loaded; the median
+        rows += [
+            {"case": "memory", "side": side, "device": "cpu", "loaded_bytes": 50, "extra_bytes": size + 100 * repeat}
+            for side, size in (("plain", 100), ("ours", 300), ("naive", 900))
+        ]
     metrics = mifo_cost_metrics(rows)
+    assert metrics["full_memory_ratio.ours"] == pytest.approx(5 / 4)
+    assert metrics["learning_peak_gib.stage1"] == 1 and metrics["learning_peak_gib.stage2_lora"] == 2
+    assert metrics["memory_ratio.ours"] == pytest.approx(2) and metrics["memory_ratio.naive"] == pytest.approx(5)
     assert metrics["flops_ratio.ours"] == pytest.approx(1.5)
     assert metrics["flops_ratio.naive"] == pytest.approx((50 * 40 + 75 * 60) / 500)
     assert metrics["time_ratio.ours"] == pytest.approx(2) and metrics["time_ratio.naive"] == pytest.approx(200 / 5)
+    on_gpu = mifo_cost_metrics([{**row, "device": "cuda"} for row in rows])
+    assert on_gpu["gpu.memory_ratio.ours"] == pytest.approx(350 / 250) and all(
+        key.startswith("gpu.") for key in on_gpu
+    )
 
 
 @pytest.mark.slow
