@@ -189,13 +189,14 @@ LOCREF = Section(
     ),
     tables=(
         Table("In per cent, cosines times 100; identity_way: 0 is the floor and 100 the ceiling; less is better for"
-              " leakage only.", LOCREF_ARMS, (
+              " leakage (into other boxes, outside of the own one) only.", LOCREF_ARMS, (
             *(Column(name, f"{name}.{{arm}}") for name in (
-                "ap50", "ap", "identity_seen", "identity_unseen", "identity_way", "clip_i", "dino", "leakage")),
+                "ap50", "ap", "identity_seen", "identity_unseen", "identity_way", "clip_i", "dino", "leakage",
+                "leakage_outside")),
         )),
         Table("Full less the other, in pairs, in points.", _LOCREF_RIVALS, (
             Column("ap50", "ap50_diff.{arm}"), Column("identity", "identity_diff.{arm}"),
-            Column("leakage", "leakage_diff.{arm}"),
+            Column("leakage", "leakage_diff.{arm}"), Column("leakage_outside", "leakage_outside_diff.{arm}"),
         )),
         Table("Full on layouts of n objects, and with edges of boxes moved by up to so many per cent of a side"
               " (jitter); ceiling: the true scenes of the same layouts.", _LOCREF_CASES, (

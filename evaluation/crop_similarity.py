@@ -23,6 +23,8 @@ from objectcompose.toybox.weights import toybox_path
 DEFAULT_CLIP, DEFAULT_DINO = "openai/clip-vit-base-patch32", "facebook/dinov2-base"
 #: Free space around an object, as toybox's encoders were trained with; the colour of open places there.
 MARGIN, GREY = 0.1, (0.5, 0.5, 0.5)
+#: What a box is painted over with where only the rest of a picture is looked at.
+PAINTED_OVER = (128, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,36 @@ class CropEncoder:
         vectors = F.normalize(self.embed(torch.stack(squares)).float().cpu(), dim=-1)
         return vectors[: len(crops)] @ vectors[len(crops) :].T
 
+    def inside_and_outside(
+        self, picture: Image.Image, boxes: Sequence[Sequence[float]], references: Sequence[Image.Image]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a picture shows in boxes, and beside each of them.
+
+        Args:
+            picture: RGB.
+            boxes: xyxy fractions, N.
+            references: N, one for each box.
+
+        Returns:
+            Cosine of each box's crop with each reference, (N, N); and of each reference with the picture whose box of
+            that reference is painted over, (N,).
+        """
+        crops = [crop_of_box(picture, box) for box in boxes]
+        table = self.cosines([*crops, *(without_boxes(picture, [box]) for box in boxes)], references)
+        return table[: len(boxes)], table[len(boxes) :].diagonal()
+
 
 def crop_of_box(picture: Image.Image, box: Sequence[float]) -> Image.Image:
     """What a picture shows in a box (xyxy fractions); at least one pixel."""
     return picture.crop(pixels_of_box(picture.size, box))
+
+
+def without_boxes(picture: Image.Image, boxes: Sequence[Sequence[float]]) -> Image.Image:
+    """A copy of a picture with boxes (xyxy fractions) painted over in grey."""
+    rest = picture.copy()
+    for box in boxes:
+        rest.paste(PAINTED_OVER, pixels_of_box(picture.size, box))
+    return rest
 
 
 def pixels_of_box(size: tuple[int, int], box: Sequence[float]) -> tuple[int, int, int, int]:

@@ -22,6 +22,7 @@ from objectcompose.evaluation.crop_similarity import (
     pixels_of_box,
     public_encoders,
     toybox_encoders,
+    without_boxes,
 )
 from objectcompose.evaluation.detectors import picture_tensor
 from objectcompose.evaluation.disentangle_cases import EditingPrompt, InstanceCase
@@ -110,14 +111,6 @@ class DisentangleScorer:
                 for word, box in zip(case.words, prompt.boxes, strict=True)
             ]
         return row
-
-
-def without_boxes(picture: Image.Image, boxes: Any) -> Image.Image:
-    """The picture with its boxes painted over in grey."""
-    rest = picture.copy()
-    for box in boxes:
-        rest.paste((128, 128, 128), pixels_of_box(picture.size, box))
-    return rest
 
 
 def share_outside(seen: list[Detection], boxes: Any) -> float | None:

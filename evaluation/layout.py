@@ -31,7 +31,6 @@ from objectcompose.evaluation.crop_similarity import (
     DEFAULT_CLIP,
     DEFAULT_DINO,
     CropEncoder,
-    crop_of_box,
     public_encoders,
     toybox_encoders,
 )
@@ -61,9 +60,12 @@ MEASURE_FOLDER = "measures"
 PROTOCOL = (
     "AP of the detector's boxes against the layout's, COCO's rules, a layout's categories only; ceiling: in the true"
     " scenes. Cosines of the crop at the layout's box with the reference, both prepared alike; ceiling: in the true"
-    " scene; floor: in the scene with other instances of the same categories; leakage: crops of the other boxes. In"
-    " per cent, with 95 % bootstrap intervals over layouts."
+    " scene; floor: in the scene with other instances of the same categories; leakage: crops of the other boxes;"
+    " leakage_outside: the picture with the reference's own box greyed out; true_: these two in the true scene. In per"
+    " cent, with 95 % bootstrap intervals over layouts."
 )
+#: Fields of a measured row. Named in the digest of its log, so that rows with other fields are measured anew.
+MEASURED = ("found", "cosines", "outside")
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,8 +205,8 @@ class _Measures:
     def of_views(
         self, views: Sequence[_View], folder: Path, batch_size: int, state: PartialState
     ) -> dict[str, dict[str, Any]]:
-        """`found` and `cosines` of each view by its key, in every process; each measures its share."""
-        digest = sha256(repr(sorted(self.identities().items())).encode()).hexdigest()[:16]
+        """The fields `MEASURED` of each view by its key, in every process; each measures its share."""
+        digest = sha256(repr([*sorted(self.identities().items()), MEASURED]).encode()).hexdigest()[:16]
 
         def measure(group: Sequence[_View], log: RowLog) -> list[tuple[str, dict[str, Any]]]:
             return [(view.key, self._row(view, log)) for view in group]
@@ -226,9 +228,10 @@ class _Measures:
 
     def _measure(self, picture: Image.Image, case: LayoutCase) -> dict[str, Any]:
         [found] = self.detector.find([picture], [list(case.record.categories)])
-        crops = [crop_of_box(picture, box_of(item)) for item in case.objects]
-        references = [item.image for item in case.objects]
+        boxes, references = [box_of(item) for item in case.objects], [item.image for item in case.objects]
+        seen = {one.name: one.inside_and_outside(picture, boxes, references) for one in self.encoders}
         return {
             "found": [{"category": one.category, "score": float(one.score), "box": list(one.box)} for one in found],
-            "cosines": {one.name: one.cosines(crops, references).tolist() for one in self.encoders},
+            "cosines": {name: inside.tolist() for name, (inside, _) in seen.items()},
+            "outside": {name: outside.tolist() for name, (_, outside) in seen.items()},
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from objectcompose.evaluation.report import share_metrics
 
 Box = Sequence[float]
 Row = Mapping[str, Any]
+#: Where a reference is looked for; see `cosines_of_rows`.
+Place = Literal["own", "others", "outside"]
 #: COCO's thresholds of intersection over union, and the recalls at which precision is read.
 OVERLAPS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
@@ -197,26 +199,31 @@ class Cosines:
     layouts: list[Any]
 
 
-def cosines_of_rows(rows: Sequence[Row], encoder: str, source: str | None = None, leakage: bool = False) -> Cosines:
-    """Of crops with their own references, or, for `leakage`, with those of other boxes.
+def cosines_of_rows(rows: Sequence[Row], encoder: str, source: str | None = None, place: Place = "own") -> Cosines:
+    """Cosines of references with what is seen in a place.
 
     Args:
-        rows: as in `layout_metrics`.
-        encoder: of the crops.
+        rows: as in `layout_metrics`; those without `outside` have nothing to say of that place.
+        encoder: of the pictures.
         source: "truth" or "rivals" of the rows; None: the painted pictures.
-        leakage: see above.
+        place: a reference's "own" box, the boxes of "others", or "outside": all of the picture but its own box.
     """
     values: list[float] = []
     layouts: list[Any] = []
     for row in rows:
         seen = row if source is None else row[source]
-        table = np.array([]) if seen is None else np.array(seen["cosines"][encoder])
-        if table.size:
-            is_own = np.eye(len(table), dtype=bool)
-            chosen = table[~is_own if leakage else is_own]
-            values += chosen.tolist()
-            layouts += [row["layout"]] * len(chosen)
+        chosen = [] if seen is None else _cosines_at(seen, encoder, place)
+        values += chosen
+        layouts += [row["layout"]] * len(chosen)
     return Cosines(values, layouts)
+
+
+def _cosines_at(seen: Row, encoder: str, place: Place) -> list[float]:
+    if place == "outside":
+        return list(seen.get("outside", {}).get(encoder, []))
+    table = np.array(seen["cosines"][encoder])
+    is_own = np.eye(len(table), dtype=bool)
+    return table[is_own if place == "own" else ~is_own].tolist() if table.size else []
 
 
 def way_metrics(name: str, similar: Cosines, floor: Cosines, ceiling: Cosines) -> dict[str, float]:
@@ -278,12 +285,14 @@ def layout_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
     `ap50`, `ap`: of the detector's boxes; with `ceiling.` before them: in the true scenes. For each encoder of crops:
     `similarity` of an object's box to its reference, its `ceiling` (true scene), its `floor` (the scene with other
-    instances of the same categories), the `way` from floor to ceiling that it has come, and `leakage`, a box's
-    similarity to the references of other boxes, which in the true scene is `true_leakage`.
+    instances of the same categories), the `way` from floor to ceiling that it has come, `leakage`, a box's similarity
+    to the references of other boxes, and `leakage_outside`, a reference's similarity to the picture without its box;
+    the two are `true_leakage` and `true_leakage_outside` in the true scene.
 
     Args:
-        rows: one per picture: `layout`, `round`, `kind`, `categories`, `boxes`, `found`, and `cosines`, encoder to
-            (box, reference); and `truth` and `rivals`, which have `found` and `cosines` too, or None.
+        rows: one per picture: `layout`, `round`, `kind`, `categories`, `boxes`, `found`, `cosines`, encoder to
+            (box, reference), and `outside`, encoder to one for each reference; and `truth` and `rivals`, which have
+            `found`, `cosines` and `outside` too, or None.
     """
     metrics: dict[str, float] = {}
     for kind in ("", *sorted({row["kind"] for row in rows} - {""})):
@@ -307,18 +316,20 @@ def _metrics_of_kind(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
     if known:
         found = matches_of_rows(known, "truth")
         metrics |= precision_metrics(f"{prefix}ceiling.", found, [row["layout"] for row in known])
-    sources = (
-        ("similarity", None, rows, False),
-        ("ceiling", "truth", once, False),
-        ("floor", "rivals", once, False),
-        ("leakage", None, rows, True),
-        ("true_leakage", "truth", once, True),
+    sources: tuple[tuple[str, str | None, Sequence[Row], Place], ...] = (
+        ("similarity", None, rows, "own"),
+        ("ceiling", "truth", once, "own"),
+        ("floor", "rivals", once, "own"),
+        ("leakage", None, rows, "others"),
+        ("true_leakage", "truth", once, "others"),
+        ("leakage_outside", None, rows, "outside"),
+        ("true_leakage_outside", "truth", once, "outside"),
     )
     for encoder in rows[0]["cosines"]:
         name = f"{prefix}{encoder}."
         own: dict[str, Cosines] = {}
-        for key, source, counted, is_leakage in sources:
-            own[key] = cosines_of_rows(counted, encoder, source, is_leakage)
+        for key, source, counted, place in sources:
+            own[key] = cosines_of_rows(counted, encoder, source, place)
             if own[key].values:
                 metrics |= share_metrics(f"{name}{key}", own[key].values, own[key].layouts)
         if {*own["similarity"].layouts} == {*own["floor"].layouts} == {*own["ceiling"].layouts}:

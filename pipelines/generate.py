@@ -5,8 +5,10 @@
     objectcompose generate --pipeline locref --adapter owner/adapter --layout scene.json --out outputs/locref.png
     objectcompose generate --pipeline object-prompt --adapter owner/adapter --prompt "a dog and a cup" \
         --object dog.png --object cup.png --out outputs/both.png
+    torchrun --standalone --nproc_per_node 2 -m objectcompose generate --prompt "a dog" --num-images 8
 
-Without `--model` the small model that comes with the repository paints the picture.
+Without `--model` the small model that comes with the repository paints the picture. Pictures are painted one at a
+time, by as many processes as a launcher starts: each is what its own seed gives, whatever is painted beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
@@ -106,8 +109,22 @@ def main(args: argparse.Namespace) -> int:
         raise ObjectComposeError(f"`--seed` must be a whole number from 0 on, below 2**63, got {args.seed}.")
     if args.out.suffix.lower() != ".png":
         raise ObjectComposeError(f"`--out` must end in .png, got {str(args.out)!r}.")
-    pipeline = load_checkpoint(args.model, args.device, args.pipeline, args.adapter, args.image_encoder)
-    generators = [torch.Generator("cpu").manual_seed(args.seed + index) for index in range(args.num_images)]
+    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
+    mine = range(state.process_index, args.num_images, state.num_processes)
+    if not mine:  # more processes than pictures
+        return 0
+    place = args.device or (str(state.device) if state.num_processes > 1 else None)
+    pipeline = load_checkpoint(args.model, place, args.pipeline, args.adapter, args.image_encoder)
+    pipeline.set_progress_bar_config(disable=not state.is_main_process)
+    for index in mine:
+        _paint_picture(pipeline, args, prompt, objects, index)
+    return 0
+
+
+def _paint_picture(
+    pipeline: Any, args: argparse.Namespace, prompt: str, objects: list[SceneObject], index: int
+) -> None:
+    """Paint picture `index` of `--num-images`, alone in its batch: beside others its sums would round otherwise."""
     output = pipeline(
         prompt,
         negative_prompt=args.negative_prompt,
@@ -115,18 +132,15 @@ def main(args: argparse.Namespace) -> int:
         width=args.width,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
-        num_images_per_prompt=args.num_images,
-        generator=generators,
+        generator=torch.Generator("cpu").manual_seed(args.seed + index),
         objects=objects or None,
         return_attention=args.attention,
     )
-    overlays = overlay_output(output) if args.attention else [{} for _ in output.images]
-    for index, (image, by_label) in enumerate(zip(output.images, overlays, strict=True)):
-        target = args.out if len(output.images) == 1 else args.out.with_stem(f"{args.out.stem}_{index}")
-        print(save_png(image, target))
-        for number, overlay in enumerate(by_label.values()):
-            print(save_png(overlay, target.with_stem(f"{target.stem}_attention_{number}")))
-    return 0
+    target = args.out if args.num_images == 1 else args.out.with_stem(f"{args.out.stem}_{index}")
+    print(save_png(output.images[0], target), flush=True)
+    overlays = overlay_output(output)[0] if args.attention else {}
+    for number, overlay in enumerate(overlays.values()):
+        print(save_png(overlay, target.with_stem(f"{target.stem}_attention_{number}")), flush=True)
 
 
 def _read_scene(args: argparse.Namespace) -> tuple[str, list[SceneObject]]:

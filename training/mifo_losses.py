@@ -29,6 +29,7 @@ from objectcompose.errors import ObjectComposeError, PromptTooLongError
 from objectcompose.training.caption_encoding import draw_latent
 from objectcompose.training.loop import Draw, draw_noise
 from objectcompose.training.mifo_scene import InstanceScene
+from objectcompose.training.mifo_watch import AttentionWatch
 from objectcompose.training.placeholders import Placeholders
 
 
@@ -147,7 +148,7 @@ class _Sample:
 
 
 class MIFOLosses:
-    """Losses of a batch of draws, as `run_loop` wants them.
+    """Losses of a batch of draws, as `run_loop` wants them; warns where attention is lost (`AttentionWatch`).
 
     Args:
         unet, text_encoder: of the model, in training or frozen.
@@ -196,6 +197,8 @@ class MIFOLosses:
         self.prior = prior if options.prior_weight else None
         self._masks: dict[tuple[int, int, bool], torch.Tensor] = {}
         check_placeholders_fit(placeholders)
+        even_share = placeholders.vectors_per_name / placeholders.tokenizer.model_max_length
+        self.watch = AttentionWatch(placeholders.names, even_share)
 
     def sample(self, draw: Draw) -> _Sample:
         """Which instances a draw shows (equation 16: their number is uniform, then they are)."""
@@ -296,16 +299,26 @@ class MIFOLosses:
         masks = {
             n: self._grid_masks(samples, n, widest).to(device) for n in {x.shape[1] for x in by_instance.values()}
         }
-        inside = _mean_inside(by_instance, masks, present).detach()
+        shares = _shares_inside(by_instance, masks).detach()
 
         steps = torch.tensor([draw.step for draw in draws], device=device)
         is_reward = {"reward": steps >= 0, "penalty": steps < 0}.get(
             options.attention_loss, steps < options.reward_steps
         )
         counted = present * (timesteps < options.gate)[:, None]
+        self._watch(samples, shares.tolist(), counted.tolist())
         reward = mask_reward_loss(by_instance, masks, options.reward_target, counted * is_reward[:, None])
         penalty = mask_penalty_loss(by_instance, masks, counted * ~is_reward[:, None])
+        inside = (shares * present).sum() / present.sum()
         return options.reward_weight * reward + options.penalty_weight * penalty, inside
+
+    def _watch(
+        self, samples: Sequence[_Sample], shares: Sequence[Sequence[float]], counted: Sequence[Sequence[float]]
+    ) -> None:
+        for sample, row, is_counted in zip(samples, shares, counted, strict=True):
+            for column, instance in enumerate(sample.chosen):
+                if is_counted[column]:
+                    self.watch.add(instance, row[column])
 
     def _grid_masks(self, samples: Sequence[_Sample], num_tokens: int, widest: int) -> torch.Tensor:
         """The chosen instances' masks on a layer's grid, in their order, `(B, widest, h, w)`."""
@@ -328,14 +341,13 @@ class MIFOLosses:
         return self._masks[key]
 
 
-def _mean_inside(maps: dict[str, torch.Tensor], masks: dict[int, torch.Tensor], present: torch.Tensor) -> torch.Tensor:
-    """Attention of the instances within their masks: mean over cells, layers, instances."""
+def _shares_inside(maps: dict[str, torch.Tensor], masks: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Attention of each instance within its mask, mean over cells and layers, `(B, N)`."""
     shares = []
     for columns in maps.values():
         mask = masks[columns.shape[1]].flatten(2).transpose(1, 2).to(columns)  # (B, HW, N)
         shares.append((columns * mask).sum(1) / mask.sum(1).clamp_min(1e-6))
-    mean = torch.stack(shares).mean(0)
-    return (mean * present).sum() / present.sum()
+    return torch.stack(shares).mean(0)
 
 
 def check_placeholders_fit(placeholders: Placeholders) -> None:

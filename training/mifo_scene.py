@@ -18,13 +18,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from objectcompose.errors import ImageInputError, LayoutError, RegionError
+from objectcompose.errors import ImageInputError, LayoutError, ObjectNotFoundError, RegionError
+from objectcompose.grounding.inputs import plain_phrase
 from objectcompose.layout_fields import check_picture
 
 
 Fit = Literal["crop", "squash"]
 #: Share of the smaller of two masks that may lie in the other: edges of masks are soft, instances are not.
 MAX_OVERLAP = 0.05
+#: Two hits of a phrase are one thing, or a thing and its part, where more than this share of the smaller mask lies in
+#: the other. So are all whose intersection is above half of their union.
+SAME_THING_SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,21 +160,51 @@ def _check_masks(masks: torch.Tensor) -> None:
 
 
 def masks_of_phrases(grounder: Any, image: Any, phrases: Sequence[str]) -> list[torch.Tensor]:
-    """A mask for each phrase, the surest hit of each (the paper's first limitation: masks had to be given).
+    """A mask for each phrase, found in the picture (the paper's first limitation: masks had to be given).
+
+    Look-alikes share their words, so a phrase may be named more than once: named n times it gets the masks of its n
+    surest hits, from left to right. Of hits that show one thing (`SAME_THING_SHARE`) the surest counts alone.
 
     Args:
         grounder: a `Grounder` that makes masks.
         image: PIL image or path.
-        phrases: all different.
+        phrases: such as ["a dog", "a dog", "a cup"]; case and white space make no difference.
+
+    Returns:
+        Masks bool `(H, W)`, in the order of the phrases.
 
     Raises:
-        ObjectNotFoundError: a phrase names nothing in the picture.
+        ObjectNotFoundError: a phrase names fewer things in the picture than it stands there for.
         RegionError: the grounder makes boxes only.
+        LayoutError: no phrases, or one is empty.
     """
-    found: dict[str, torch.Tensor] = {}
-    for detection in grounder.ground(check_picture(image), list(phrases)):
-        if detection.phrase not in found:  # surest first
-            if detection.mask is None:
-                raise RegionError("`grounder` must make masks; give it a segmenter.")
-            found[detection.phrase] = detection.mask > 0
-    return [found[phrase] for phrase in phrases]
+    wanted: dict[str, list[str]] = {}
+    for phrase in phrases:
+        wanted.setdefault(plain_phrase(phrase), []).append(phrase)
+    hits: dict[str, list[Any]] = {words: [] for words in wanted}
+    for detection in grounder.ground(check_picture(image), [same[0] for same in wanted.values()]):
+        if detection.mask is None:
+            raise RegionError("`grounder` must make masks; give it a segmenter.")
+        hits[plain_phrase(detection.phrase)].append(detection)
+    chosen = {words: _surest_things(hits[words], same[0], len(same)) for words, same in wanted.items()}
+    return [chosen[plain_phrase(phrase)].pop(0) for phrase in phrases]
+
+
+def _surest_things(hits: Sequence[Any], phrase: str, count: int) -> list[torch.Tensor]:
+    """Masks of the `count` surest hits that show different things, from left to right; hits come surest first."""
+    things: list[Any] = []
+    for hit in hits:
+        mask = hit.mask > 0
+        if mask.any() and not any(_are_one_thing(mask, thing.mask > 0) for thing in things):
+            things.append(hit)
+    if len(things) < count:
+        raise ObjectNotFoundError(
+            f"`phrases` names {phrase!r} {count} time{'s' * (count > 1)}, and {len(things)} could be told apart in the"
+            " picture. Use another detector or segmenter, words that are each of one thing, or `masks`."
+        )
+    return [thing.mask > 0 for thing in sorted(things[:count], key=lambda thing: thing.box)]
+
+
+def _are_one_thing(first: torch.Tensor, second: torch.Tensor) -> bool:
+    smaller = min(int(first.sum()), int(second.sum()))
+    return int((first & second).sum()) > SAME_THING_SHARE * smaller

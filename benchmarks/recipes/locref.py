@@ -95,10 +95,12 @@ TRAINED_OPTIONS: dict[str, dict[str, Any]] = {
     RIVAL: IP_ADAPTER_OPTIONS,
 }
 ALL_ARMS = (*TRAINED_OPTIONS, SWITCH, TEXT)
+#: Better few that are trained for hours than all of them for minutes.
+CPU_ARMS = (FULL, SWITCH, TEXT, "no_mask", "coords", RIVAL)
 NUMBERS, JITTERS = (2, 5, 10, 20), (5, 10, 20)
 SIZES = {
     "smoke": Size((FULL, SWITCH, TEXT, RIVAL), True, 64, 8, 8, 0, 6, 1, (10,), (10,), 3, 20),
-    "cpu": Size(ALL_ARMS, False, 4000, 2400, 8, 100, 96, 2, NUMBERS, JITTERS, 24, 32),
+    "cpu": Size(CPU_ARMS, False, 4000, 8000, 8, 300, 96, 2, NUMBERS, JITTERS, 24, 32),
     "gpu": Size(ALL_ARMS, False, 16_000, 3000, 32, 200, 96, 8, NUMBERS, JITTERS, 96, 32),
 }
 DEV_LAYOUTS = 24
@@ -117,8 +119,9 @@ PROTOCOL = (
     f" {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms; references in other poses than the true"
     " scenes. ap50, ap: the judge's detections against the boxes; identity, clip_i, dino: cosine of the crop at the"
     " box with its reference, by the judge (which took no part), by toybox's image encoder and its dino; seen, unseen:"
-    " identities; leakage: the judge's cosine of a box with the references of others; ceiling: true scenes; floor: the"
-    " same with other identities, for ap50 and ap true scenes held against other layouts' boxes; _n<k>: layouts of k"
+    " identities; leakage: the judge's cosine of a box with the references of others; leakage_outside: of a reference"
+    " with the picture whose own box is greyed out; ceiling: true scenes; floor: the same with other identities, for"
+    " ap50 and ap true scenes held against other layouts' boxes; _n<k>: layouts of k"
     " objects, which the judge finds less well the smaller they are (see their ceilings); _jitter<p>: edges of boxes"
     " moved by up to p % of a side, measured by the moved boxes; identity_way: from floor to ceiling, on the test"
     " layouts of unseen identities; shift: how far the object moves with its box. In per cent. Intervals: 95 %"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.recipes.common import Row, metrics_of_arm, paired_metrics
 from objectcompose.evaluation.layout_metrics import (
+    Place,
     cosines_of_rows,
     matches_of_row,
     matches_of_rows,
@@ -20,6 +21,14 @@ from objectcompose.evaluation.toybox_layouts import LEFT, RIGHT, SEEN, UNSEEN
 
 
 CEILING, FLOOR = "ceiling", "floor"
+#: (figure, encoder, where it looks), of cosines.
+FIGURES: tuple[tuple[str, str, Place], ...] = (
+    ("clip_i", "clip_i", "own"),
+    ("dino", "dino", "own"),
+    ("leakage", "identity", "others"),
+    ("leakage_outside", "identity", "outside"),
+    ("identity", "identity", "own"),
+)
 TEST = "test"
 #: What `full` is compared with, on the same layouts and noise.
 COMPARED = (
@@ -64,7 +73,8 @@ def _seen(row: Mapping[str, Any], seen: Mapping[str, Any]) -> Row:
     cosines = {
         name: [[round(value, 4) for value in line] for line in table] for name, table in seen["cosines"].items()
     }
-    return {"found": found, "cosines": cosines}
+    outside = {name: [round(value, 4) for value in values] for name, values in seen.get("outside", {}).items()}
+    return {"found": found, "cosines": cosines, "outside": outside}
 
 
 def unique_rows(rows: Sequence[Row]) -> list[Row]:
@@ -75,10 +85,11 @@ def unique_rows(rows: Sequence[Row]) -> list[Row]:
 def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
     """All figures, in per cent.
 
-    `ap50`, `ap`, `identity_seen`, `identity_unseen`, `clip_i`, `dino`, `leakage` for each arm on the test layouts,
-    "ceiling" and "floor" among them; `identity_way.<arm>`, the way from floor to ceiling of unseen identities;
-    `ap50.<arm>_<case>` and so on for other layouts, of all identities; `shift.<arm>`, see `shift_metrics`; and
-    `ap50_diff.full_<arm>`, `identity_diff...`, `leakage_diff...`, in percentage points.
+    `ap50`, `ap`, `identity_seen`, `identity_unseen`, `clip_i`, `dino`, `leakage`, `leakage_outside` for each arm on the
+    test layouts, "ceiling" and "floor" among them; `identity_way.<arm>`, the way from floor to ceiling of unseen
+    identities; `ap50.<arm>_<case>` and so on for other layouts, of all identities; `shift.<arm>`, see `shift_metrics`;
+    and `ap50_diff.full_<arm>`, `identity_diff...`, `clip_i_diff...`, `leakage_diff...`, `leakage_outside_diff...`, in
+    percentage points. What no row can tell has no figure.
     """
     by_arm: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
@@ -106,13 +117,12 @@ def _place_metrics(arm: str, rows: Sequence[Row]) -> dict[str, float]:
 
 def _arm_metrics(arm: str, rows: Sequence[Row], with_identities: bool) -> dict[str, float]:
     metrics = _place_metrics(arm, rows)
-    named = [("clip_i", "clip_i", rows, False), ("dino", "dino", rows, False), ("leakage", "identity", rows, True)]
-    named += [("identity", "identity", rows, False)]
+    named = [(name, encoder, place, rows) for name, encoder, place in FIGURES]
     if with_identities:
         for kind in (SEEN, UNSEEN):
-            named.append((f"identity_{kind}", "identity", [row for row in rows if row["kind"] == kind], False))
-    for name, encoder, counted, is_leakage in named:
-        found = cosines_of_rows(counted, encoder, leakage=is_leakage)
+            named.append((f"identity_{kind}", "identity", "own", [row for row in rows if row["kind"] == kind]))
+    for name, encoder, place, counted in named:
+        found = cosines_of_rows(counted, encoder, place=place)
         if found.values:
             metrics |= share_metrics(f"{name}.{arm}", found.values, found.layouts)
     return metrics
@@ -146,16 +156,21 @@ def _difference_metrics(name: str, ours: Sequence[Row], theirs: Sequence[Row]) -
         for side in (ours, [other[key] for key in keys])
     ]
     metrics = precision_differences(name, *matches, [layout for layout, _ in keys])
-    for figure, encoder, is_leakage, least in (
-        ("identity", "identity", False, 1), ("clip_i", "clip_i", False, 1), ("leakage", "identity", True, 2),
-    ):  # fmt: skip
+    for figure, encoder, place in FIGURES:
+        if figure == "dino":
+            continue
 
-        def mean_of(row: Row, encoder: str = encoder, is_leakage: bool = is_leakage) -> float:
-            values = cosines_of_rows([row], encoder, leakage=is_leakage).values
+        def values_of(row: Row, encoder: str = encoder, place: Place = place) -> list[float]:
+            return cosines_of_rows([row], encoder, place=place).values
+
+        def mean_of(row: Row, values_of: Callable[[Row], list[float]] = values_of) -> float:
+            values = values_of(row)
             return 100 * sum(values) / len(values)
 
-        sides = [[row for row in side if len(row["boxes"]) >= least] for side in (ours, theirs)]
-        if len({row["layout"] for row in sides[0]}) > 1:
-            pair = paired_metrics(f"{figure}_diff.{name}", *sides, mean_of, ("layout", "round"), "layout")
-            metrics |= pair
+        # one object has no others
+        told = [(row, other[key]) for row, key in zip(ours, keys, strict=True)]
+        told = [pair for pair in told if all(map(values_of, pair))]
+        if len({row["layout"] for row, _ in told}) > 1:
+            sides = ([pair[side] for pair in told] for side in range(2))
+            metrics |= paired_metrics(f"{figure}_diff.{name}", *sides, mean_of, ("layout", "round"), "layout")
     return metrics

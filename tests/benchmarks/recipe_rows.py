@@ -58,6 +58,7 @@ def locref_rows(good: Goodness, count: int = 4) -> list[Row]:
                     "boxes": boxes,
                     "found": kept,
                     "cosines": {name: table for name in ("identity", "clip_i", "dino")},
+                    "outside": {name: [0.1] * len(names) for name in ("identity", "clip_i", "dino")},
                 }
             )
     return rows

@@ -22,6 +22,7 @@ from transformers import (
 
 from objectcompose.__main__ import main
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
+from objectcompose.evaluation.crop_similarity import without_boxes
 from objectcompose.evaluation.disentangle_cases import (
     EDITING_TEMPLATES,
     TOYBOX_TEMPLATES,
@@ -31,7 +32,7 @@ from objectcompose.evaluation.disentangle_cases import (
     toybox_case,
 )
 from objectcompose.evaluation.disentangle_metrics import disentangle_metrics, picture_figures
-from objectcompose.evaluation.disentangle_scorer import DisentangleScorer, share_outside, without_boxes
+from objectcompose.evaluation.disentangle_scorer import DisentangleScorer, share_outside
 from objectcompose.evaluation.toybox_instance_scenes import ALIKE, HELD_OUT_HUES, UNLIKE, toybox_instances
 from objectcompose.pipelines.generate import load_checkpoint
 from objectcompose.pipelines.learned_instances import learned_names, load_instances

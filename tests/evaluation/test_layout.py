@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from objectcompose.__main__ import main
 from objectcompose.adapters.locref_adapter import LocRefAdapter
 from objectcompose.errors import CheckpointError
+from objectcompose.evaluation.crop_similarity import GREY, CropEncoder, crop_of_box, toybox_encoders
+from objectcompose.evaluation.layout_cases import box_of
 from objectcompose.evaluation.layout_metrics import (
     average_precisions,
     layout_metrics,
@@ -117,14 +122,16 @@ def test_a_picture_that_counts_twice_is_as_two():
     assert drawn == pytest.approx(mean_precisions(repeated)[0])
 
 
-def row(layout, kind, similar, found=(LEFT, RIGHT), number=0, truth=True):
-    """Two objects; `similar` is the table of cosines of the painted picture."""
+def row(layout, kind, similar, found=(LEFT, RIGHT), number=0, truth=True, outside=(0.3, 0.1)):
+    """Two objects; `similar` is the table of cosines of the painted picture, `outside` those beside the own boxes."""
     seen = [{"category": name, "score": 0.9, "box": box} for name, box in zip(("dog", "cup"), found, strict=False)]
     best = {"found": [{"category": "dog", "score": 1.0, "box": LEFT}, {"category": "cup", "score": 1.0, "box": RIGHT}]}
     return {
         "layout": layout, "round": number, "kind": kind, "categories": ["dog", "cup"], "boxes": [LEFT, RIGHT],
-        "found": seen, "cosines": {"dino": similar},
-        "truth": {**best, "cosines": {"dino": [[0.9, 0.1], [0.2, 0.8]]}} if truth else None,
+        "found": seen, "cosines": {"dino": similar}, "outside": {"dino": list(outside)},
+        "truth": {**best, "cosines": {"dino": [[0.9, 0.1], [0.2, 0.8]]}, "outside": {"dino": [0.0, 0.1]}}
+        if truth
+        else None,
         "rivals": {"found": [], "cosines": {"dino": [[0.4, 0.0], [0.0, 0.2]]}} if truth else None,
     }  # fmt: skip
 
@@ -133,13 +140,15 @@ def test_metrics_by_hand():
     rows = [
         row("a", "seen", [[0.8, 0.3], [0.1, 0.6]]),
         row("a", "seen", [[0.6, 0.3], [0.1, 0.4]], number=1),
-        row("b", "unseen", [[0.2, 0.0], [0.4, 0.0]], found=(RIGHT, LEFT)),
+        row("b", "unseen", [[0.2, 0.0], [0.4, 0.0]], found=(RIGHT, LEFT), outside=(0.9, 0.7)),
     ]
     metrics = layout_metrics(rows)
     expected = {
         "ap50": 100 * 67 / 101,  # two of three dogs and cups, all with one score: precision 2 / 3 comes later
         "dino.similarity": 100 * 2.6 / 6, "dino.leakage": 100 * 1.2 / 6, "dino.ceiling": 85.0, "dino.floor": 30.0,
-        "dino.true_leakage": 15.0, "ceiling.ap50": 100.0, "ceiling.ap": 100.0,
+        "dino.true_leakage": 15.0, "dino.leakage_outside": 40.0, "dino.true_leakage_outside": 5.0,
+        "seen.dino.leakage_outside": 20.0, "unseen.dino.leakage_outside": 80.0,
+        "ceiling.ap50": 100.0, "ceiling.ap": 100.0,
         "seen.ap50": 100.0, "seen.dino.similarity": 60.0, "seen.dino.leakage": 20.0,
         "unseen.ap50": 0.0, "unseen.dino.similarity": 10.0, "unseen.dino.leakage": 20.0,
     }  # fmt: skip
@@ -149,8 +158,14 @@ def test_metrics_by_hand():
     assert metrics["seen.dino.way"] == pytest.approx(100 * (60 - 30) / (85 - 30))
     assert metrics["dino.way.lo"] < metrics["dino.way"] < metrics["dino.way.hi"]
     assert "unseen.ap50.lo" not in metrics  # one layout has no interval
+    assert metrics["dino.leakage_outside.lo"] < metrics["dino.leakage_outside"] < metrics["dino.leakage_outside.hi"]
     bare = layout_metrics([row("a", "", [[0.8, 0.3], [0.1, 0.6]], truth=False)])
-    assert set(bare) == {"ap50", "ap", "dino.similarity", "dino.leakage"}
+    assert set(bare) == {"ap50", "ap", "dino.similarity", "dino.leakage", "dino.leakage_outside"}
+    alone = {**row("a", "", [[0.8]], truth=False, outside=(0.4,)), "categories": ["dog"], "boxes": [LEFT]}
+    single = layout_metrics([alone])  # one object leaks into no other box, but it may leak
+    assert "dino.leakage" not in single and single["dino.leakage_outside"] == pytest.approx(40)
+    del alone["outside"]  # measured before there was such a figure
+    assert set(layout_metrics([alone])) == {"ap50", "ap", "dino.similarity"}
 
 
 def test_differences_by_hand():
@@ -182,6 +197,41 @@ def test_shift_by_hand():
     assert found["shift.full.lo"] == 0 and found["shift.full.hi"] == 100
 
 
+# ---- what is outside
+
+
+def test_what_lies_outside_is_seen_there():
+    """Beside greying out and embedding one by one."""
+    encoder = CropEncoder("mean", "", 8, GREY, lambda pixels: pixels.mean((2, 3)))
+    picture = Image.new("RGB", (16, 16), "red")
+    picture.paste("blue", (8, 0, 16, 16))
+    references = [Image.new("RGB", (4, 4), name) for name in ("blue", "green")]
+    inside, outside = encoder.inside_and_outside(picture, [LEFT, RIGHT], references)
+    torch.testing.assert_close(
+        inside, encoder.cosines([crop_of_box(picture, box) for box in (LEFT, RIGHT)], references)
+    )
+    for number, box in enumerate((LEFT, RIGHT)):
+        rest = picture.copy()
+        rest.paste((128, 128, 128), (0, 0, 8, 16) if box == LEFT else (8, 0, 16, 16))
+        [[alone]] = encoder.cosines([rest], references[number : number + 1])
+        assert outside[number] == pytest.approx(float(alone), abs=1e-6)
+    assert outside.shape == (2,) and picture.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_second_copy_is_leakage_even_of_one_object():
+    [case] = [case for case in toybox_layouts(PRESETS["cpu"], "dev", 4) if len(case.objects) == 1]
+    box, references = box_of(case.objects[0]), [case.objects[0].image]
+    crop = crop_of_box(case.truth, box)
+    corners = [(x, y) for x in (0, case.truth.width - crop.width) for y in (0, case.truth.height - crop.height)]
+    middle = ((box[0] + box[2]) / 2 * case.truth.width, (box[1] + box[3]) / 2 * case.truth.height)
+    twice = case.truth.copy()
+    far = max(corners, key=lambda corner: abs(corner[0] - middle[0]) + abs(corner[1] - middle[1]))
+    twice.paste(crop, far)
+    for encoder in toybox_encoders("cpu"):
+        once, again = (encoder.inside_and_outside(one, [box], references)[1] for one in (case.truth, twice))
+        assert float(again) > float(once) + 0.2, encoder.name
+
+
 # ---- the command
 
 
@@ -205,6 +255,8 @@ def test_true_scenes_reach_their_ceiling(tmp_path, capsys):
     for encoder in ("identity", "clip_i", "dino"):
         assert metrics[f"{encoder}.similarity"] == pytest.approx(metrics[f"{encoder}.ceiling"])
         assert metrics[f"{encoder}.ceiling"] > metrics[f"{encoder}.floor"]
+        assert metrics[f"{encoder}.leakage_outside"] == pytest.approx(metrics[f"{encoder}.true_leakage_outside"])
+        assert metrics[f"{encoder}.leakage_outside"] < metrics[f"{encoder}.ceiling"]
     [log] = (tmp_path / "measures").rglob("*.jsonl")
     before = log.read_text(encoding="utf-8")
     assert run(tmp_path, *few, "--only", "score") == 0  # nothing is looked at twice
@@ -214,6 +266,17 @@ def test_true_scenes_reach_their_ceiling(tmp_path, capsys):
     assert report(tmp_path)["metrics"] == metrics
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert layout_metrics(rows) == metrics
+    # rows of a version that measured less are left alone, and measured anew
+    measured = sorted(report(tmp_path)["details"]["measured_with"].items())
+    before_outside = log.parent.with_name(f"judge-{sha256(repr(measured).encode()).hexdigest()[:16]}")
+    assert before_outside.name != log.parent.name
+    log.parent.rename(before_outside)
+    stripped = [json.loads(line) for line in (before_outside / log.name).read_text(encoding="utf-8").splitlines()[:-1]]
+    for one in stripped:
+        del one["outside"]
+    (before_outside / log.name).write_text("".join(json.dumps(one) + "\n" for one in stripped), encoding="utf-8")
+    assert run(tmp_path, *few, "--only", "score") == 0
+    assert report(tmp_path)["metrics"] == metrics and log.is_file()
     assert run(tmp_path, "--max-prompts", "3", "--only", "score") == 2
     assert "other layouts" in capsys.readouterr().err
 

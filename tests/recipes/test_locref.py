@@ -34,7 +34,8 @@ def evaluated(layout, kind, own, places=(LEFT, RIGHT), others=0.1):
         ]
         table = [[own, others], [others, own]]
         noise = {"category": "car", "score": 0.99, "box": LEFT}
-        return {"found": [*found, noise], "cosines": {"identity": table, "clip_i": table, "dino": table}}
+        cosines = {"identity": table, "clip_i": table, "dino": table}
+        return {"found": [*found, noise], "cosines": cosines, "outside": {"identity": [others + 0.05, others - 0.05]}}
 
     return {
         "layout": layout, "round": 0, "kind": kind, "categories": ["dog", "cup"], "boxes": [LEFT, RIGHT],
@@ -53,14 +54,34 @@ def test_figures_of_rows_and_their_differences():
         "ap50.ceiling_n2": 100, "identity_seen.full": 80, "identity_unseen.full": 60, "identity.full": 70,
         "identity_seen.ceiling": 90, "identity_unseen.floor": 40, "clip_i.text": 20, "leakage.text": 30,
         "leakage.ceiling": 0, "identity_way.full": 40, "ap50_diff.full_text": 100, "identity_diff.full_text": 50,
-        "leakage_diff.full_text": -20,
+        "leakage_diff.full_text": -20, "leakage_outside.full": 10, "leakage_outside.text": 30,
+        "leakage_outside.ceiling": 0, "leakage_outside.full_n2": 10, "leakage_outside_diff.full_text": -20,
     }  # fmt: skip
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value), name
     assert metrics["ap50.floor"] == 100  # both layouts have the same boxes
-    assert {"ap50.full.lo", "identity.full.hi", "ap50_diff.full_text.lo"} <= set(metrics)
+    assert {"ap50.full.lo", "identity.full.hi", "ap50_diff.full_text.lo", "leakage_outside_diff.full_text.hi"} <= set(
+        metrics
+    )
     assert not any("no_mask" in name for name in metrics)
     assert all(one["category"] != "car" for row in rows for one in row["found"])
+
+
+def test_rows_that_say_nothing_of_the_outside_count_for_the_rest():
+    full, text = ([evaluated(layout, "seen", own) for layout in "ab"] for own in (0.8, 0.2))
+    rows = slim_rows("full", "test", full) + slim_rows("text", "test", text)
+    whole = metrics_of_rows(unique_rows(rows))
+    for row in rows:
+        if row["arm"] == "text":
+            del row["outside"]
+    metrics = metrics_of_rows(unique_rows(rows))
+    gone = {name for name in whole if name.startswith(("leakage_outside.text", "leakage_outside_diff"))}
+    assert "leakage_outside_diff.full_text" in gone
+    assert metrics == {name: value for name, value in whole.items() if name not in gone}
+    for row in full:
+        for seen in (row, row["truth"], row["rivals"]):
+            del seen["outside"]
+    assert metrics_of_rows(slim_rows("full", "test", full))["leakage.full"] == pytest.approx(10)
 
 
 def test_places_have_a_floor_of_their_own():

@@ -128,7 +128,7 @@ def test_cost_figures_by_hand():
     assert metrics["flops_ratio.naive"] == pytest.approx((50 * 40 + 75 * 60) / 500)
     assert metrics["time_ratio.ours"] == pytest.approx(2) and metrics["time_ratio.naive"] == pytest.approx(200 / 5)
     on_gpu = mifo_cost_metrics([{**row, "device": "cuda"} for row in rows])
-    assert on_gpu["gpu.memory_ratio.ours"] == pytest.approx(350 / 250) and all(
+    assert on_gpu["gpu.memory_ratio.ours"] == pytest.approx(450 / 250) and all(
         key.startswith("gpu.") for key in on_gpu
     )
 
