@@ -213,6 +213,10 @@ class ObjectPromptAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         for_keys, for_values = TOKEN_STREAMS[config.streams]
         return tokens[for_keys], tokens[for_values]
 
+    def token_parameters(self) -> list[torch.Tensor]:
+        """All weights behind `object_tokens`."""
+        return [weight for name, weight in self.named_parameters() if not name.startswith("projections.")]
+
     @apply_forward_hook
     def keys_of(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Keys `{layer: (B, S, width)}` of key tokens `(B, S, C)`."""

@@ -30,6 +30,7 @@ from benchmarks.cost_file import cost_parser, parse_cost, write_cost
 from benchmarks.measure import measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
 from benchmarks.tokencompose_cost import measuring_scheduler
 from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter
+from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 
 
@@ -39,13 +40,15 @@ SIDE, OBJECTS = 64, 4
 STEPS, UPDATES = 20, 7
 TIMED_STEPS, TIMED_UPDATES = 3, 1
 MEMORY_STEPS = 2  # one of them refines; a peak needs no more
+#: Of the unguided memory on the full shape. More than a call takes, as many as all methods are held to.
+MEMORY_OBJECTS = 8
 GUIDED: dict[str, Any] = {
     "compositional_guidance": True,
     "refinement_steps": TIMED_UPDATES,
     "similarity_threshold": -1,
 }
 CASES = ("unguided", "guided_exact", "guided_fast")
-MEMORY_CASES = ("plain", "unguided", "guided", "guided_checkpointed")
+MEMORY_CASES = ("plain", "guided", "guided_checkpointed")
 PROTOCOL = (
     "SD1-shaped UNet at 64x64 latents and an eighth of its channels (width 40), VAE, tiny VAE (TAESD's shape), CLIP"
     " ViT-H, DINOv2 B/14 and CLIPSeg at an eighth of theirs, float32, random weights, 4 objects of 16 tokens, from"
@@ -55,9 +58,12 @@ PROTOCOL = (
     " happens once (object pictures to keys and values, decoding and matching, the last decoding). The ratios are"
     " sums of these for 20 steps and 7 updates: unguided: 20 steps of the first run; guided_exact: both runs with"
     " 20 steps; guided_fast: the first one with 10. Segments: quarters of the picture; the time of a CLIPSeg call"
-    " with 4 phrases at 352 pixels is not in the ratios and listed as time_ratio.segmentation_n4. Memory: peak of a"
-    " call of 2 steps to latents, one of them refined, above weights, in a fresh process each, over plain sampling;"
-    " guided_checkpointed: with gradient checkpointing of the UNet."
+    " with 4 phrases at 352 pixels is not in the ratios and listed as time_ratio.segmentation_n4. Memory, over plain"
+    " sampling's, in a fresh process each: guided and guided_checkpointed (with gradient checkpointing of the UNet) on"
+    " these models, peak of a call of 2 steps to latents, one of them refined, above weights;"
+    f" unguided_n{MEMORY_OBJECTS}: peak of one guided step above what was loaded, {MEMORY_OBJECTS} objects, their"
+    " pictures encoded in it, full width (320, text 768), an image encoder of ViT-H's widths with 2 layers. A call"
+    " takes up to 6 objects, so that the branch of 8 is made by prompt_branch and given as one of the parts."
 )
 
 
@@ -163,10 +169,10 @@ def small_vae(device: str) -> AutoencoderKL:
     return vae.to(device).eval()
 
 
-def object_pictures() -> list[dict[str, Any]]:
+def object_pictures(count: int = OBJECTS) -> list[dict[str, Any]]:
     """Cut-outs of noise, one for each object."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (OBJECTS, 224, 224, 4), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (count, 224, 224, 4), generator=generator, dtype=torch.uint8)
     pixels[..., 3] = 255
     return [{"image": Image.fromarray(one.numpy(), "RGBA")} for one in pixels]
 
@@ -242,6 +248,48 @@ def prepare_memory(case: str, device: str = "cpu") -> Callable[[], Any]:
     return call
 
 
+def prepare_full_memory(count: int, device: str = "cpu") -> Callable[[], Any]:
+    """For `peak_memory`: one step of SD 1.5's full shape with so many objects; 0: the plain pipeline's."""
+    unet = measuring_unet(width=320, cross_attention_dim=768).to(device)
+    components: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "safety_checker": None}
+    components |= {"unet": unet, "scheduler": measuring_scheduler(), "feature_extractor": None}
+    if count:
+        torch.manual_seed(0)
+        clip = CLIPVisionConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=2,
+            num_attention_heads=16,
+            patch_size=14,
+            image_size=224,
+            projection_dim=1024,
+        )
+        encoder = CLIPVisionModelWithProjection(clip).to(device).eval()
+        adapter = ObjectPromptAdapter.from_unet(unet, image_encoder=encoder).to(device).eval()
+        pipeline: Any = ObjectPromptPipeline(**components, image_encoder=encoder, adapter=adapter)
+    else:
+        pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    text = measuring_inputs(unet)["encoder_hidden_states"]
+    objects = [SceneObject(**one) for one in object_pictures(count)]
+
+    @torch.no_grad()
+    def run() -> Any:
+        parts = {"parts": [pipeline.prompt_branch([objects], [None], 1).part]} if count else {}
+        return pipeline(
+            prompt_embeds=text[:1],
+            negative_prompt_embeds=text[1:],
+            num_inference_steps=1,
+            height=SIDE * 8,
+            width=SIDE * 8,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **parts,
+        )
+
+    return run
+
+
 def time_rows(device: str, pairs: int) -> list[dict[str, Any]]:
     """Seconds of the parts of a guided call and of a plain one, in pairs."""
     segmenter = TimedSegmenter(QuarterSegmenter(device))
@@ -290,11 +338,16 @@ def guided_parts(ends: Sequence[float], segmentation: float) -> dict[str, float]
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """Peak memory of each memory case."""
+    """Peak memory of each memory case, on the small models and on the full shape."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for case in MEMORY_CASES:
-        peak = peak_memory("benchmarks.object_prompt_cost:prepare_memory", case=case)
+        peak = peak_memory("benchmarks.object_prompt_cost:prepare_memory", case=case, device=device)
         rows.append({"case": "memory", "side": case, "device": peak.device, "extra_bytes": peak.extra_bytes})
+    for count in (MEMORY_OBJECTS, 0):
+        peak = peak_memory("benchmarks.object_prompt_cost:prepare_full_memory", count=count, device=device)
+        facts = {"device": peak.device, "extra_bytes": peak.extra_bytes, "loaded_bytes": peak.loaded_bytes}
+        rows.append({"case": "memory_full", "objects": count, **facts})
     return rows
 
 
@@ -313,6 +366,8 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
     peaks = {row["side"]: row["extra_bytes"] for row in rows if row["case"] == "memory"}
     for side in MEMORY_CASES[1:]:
         metrics[f"memory_ratio.{side}"] = peaks[side] / peaks["plain"]
+    whole = {row["objects"]: row["extra_bytes"] for row in rows if row["case"] == "memory_full"}
+    metrics[f"memory_ratio.unguided_n{MEMORY_OBJECTS}"] = whole[MEMORY_OBJECTS] / whole[0]
     return metrics
 
 

@@ -100,9 +100,9 @@ COSTS = (
             _time("4 objects, guided (fast), time", "time_ratio.guided_fast_n4", 2.2),
             CostRow("apart from these: segmenting once, time", "time_ratio.segmentation_n4", decimals=3),
             CostRow("in these: one update of the appearance tokens, time", "time_ratio.update_n4", decimals=3),
-            CostRow("without guidance, memory above weights", "memory_ratio.unguided"),
-            CostRow("guided, memory above weights", "memory_ratio.guided"),
-            CostRow("guided with gradient checkpointing, memory above weights", "memory_ratio.guided_checkpointed"),
+            CostRow("8 objects, without guidance, memory above weights", "memory_ratio.unguided_n8", 1.10),
+            CostRow("4 objects, guided, memory above weights, small shape", "memory_ratio.guided"),
+            CostRow("the same with gradient checkpointing", "memory_ratio.guided_checkpointed"),
         ),
     ),
     CostFile(

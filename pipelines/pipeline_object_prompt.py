@@ -44,7 +44,7 @@ from objectcompose.pipelines.call_arguments import CallArguments
 from objectcompose.pipelines.composition_guidance import GuidedRun
 from objectcompose.pipelines.guidance_options import GuidanceOptions, check_guidance
 from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD
-from objectcompose.pipelines.object_prompts import ObjectPromptBranch, pack_tokens, prompt_features
+from objectcompose.pipelines.object_prompts import ObjectPromptBranch, pack_tokens, prompt_tokens
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.placement import place_objects, warn_unused_fields
 from objectcompose.pipelines.reference_images import encoder_side
@@ -221,11 +221,15 @@ class ObjectPromptPipeline(
         # prompts often share their objects: each picture is encoded once
         images = {id(item.image): item.image for row in rows for item in row}
         scenes = {id(image): image for image in backgrounds if image is not None}
-        features, null = prompt_features(
-            self.image_encoder, self.feature_extractor, [*images.values()], [*scenes.values()], device, self._caches
+        (key_tokens, value_tokens), null = prompt_tokens(
+            adapter,
+            self.image_encoder,
+            self.feature_extractor,
+            [*images.values()],
+            [*scenes.values()],
+            device,
+            self._caches,
         )
-        embeds, grid = torch.cat([features.embeds, null.embeds]), torch.cat([features.grid, null.grid])
-        key_tokens, value_tokens = adapter.object_tokens(embeds.to(adapter.dtype), grid.to(adapter.dtype))
         image_places = {name: place for place, name in enumerate(images)}
         scene_places = {name: len(images) + place for place, name in enumerate(scenes)}
         slots = [
@@ -234,8 +238,7 @@ class ObjectPromptPipeline(
             for row, scene in zip(rows, backgrounds, strict=True)
             for _ in range(num_images_per_prompt)
         ]
-        tokens = pack_tokens(key_tokens[:-1], value_tokens[:-1], (key_tokens[-1:], value_tokens[-1:]), slots)
-        return ObjectPromptBranch(adapter, tokens, self._caches)
+        return ObjectPromptBranch(adapter, pack_tokens(key_tokens, value_tokens, null, slots), self._caches)
 
     @torch.no_grad()
     def __call__(

@@ -5,7 +5,7 @@ Plain functions on a scene's references, so that training builds what sampling b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from objectcompose.adapters.locref_adapter import box_features
 from objectcompose.attention_processors.branch import KeysValues
+from objectcompose.attention_processors.guided_keys_values import GuidedKeysValues
 from objectcompose.attention_processors.reference_fusion import FusionSettings, fusion_parts
 from objectcompose.attention_processors.regions import RegionPyramid, RegionPyramidBatch
 from objectcompose.errors import MissingFieldError, ObjectComposeError
@@ -173,7 +174,7 @@ def scene_parts(
     if adapter.config.composite == "coordinates":
         counts["composite"] = references.shape[1]
     keys_values = {
-        kind: GuidedKeysValues(layers, rows, counts[kind])
+        kind: _guided_rows(layers, rows, counts[kind])
         if with_nulls
         else {layer: (key[rows], value[rows]) for layer, (key, value) in layers.items()}
         for kind, layers in keys_values.items()
@@ -191,38 +192,22 @@ def scene_parts(
     )
 
 
-class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
-    """Keys and values of `[uncond, cond]` rows, put together when a layer asks for its own.
-
-    Null pictures are alike in all rows and for all objects, so that one of them is kept: about half of the memory.
+def _guided_rows(keys_values: KeysValues, rows: torch.Tensor, num_objects: int) -> GuidedKeysValues:
+    """Keys and values of `[uncond, cond]` rows.
 
     Args:
         keys_values: per layer keys and values `(1 + B, N * T, C)`; the first row is that of null pictures.
         rows: the scene of each picture, `(n,)`, numbers in [0, B).
         num_objects: N.
     """
-
-    def __init__(self, keys_values: KeysValues, rows: torch.Tensor, num_objects: int):
-        self._num_objects = num_objects
+    nulls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    shown: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer, (key, value) in keys_values.items():
+        num_tokens = key.shape[1] // num_objects
         # copies, since a view would keep all of what it looks into
-        self._nulls = {
-            layer: tuple(one[:1, : one.shape[1] // num_objects].clone() for one in pair)
-            for layer, pair in keys_values.items()
-        }
-        self._shown = {layer: (key[rows + 1], value[rows + 1]) for layer, (key, value) in keys_values.items()}
-
-    def __getitem__(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = (
-            torch.cat([null.repeat(len(shown), self._num_objects, 1), shown])
-            for null, shown in zip(self._nulls[layer], self._shown[layer], strict=True)
-        )
-        return key, value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shown)
-
-    def __len__(self) -> int:
-        return len(self._shown)
+        nulls[layer] = (key[:1, :num_tokens].clone(), value[:1, :num_tokens].clone())
+        shown[layer] = (key[rows + 1], value[rows + 1])
+    return GuidedKeysValues(nulls, shown)
 
 
 def _zero_row_first(vectors: torch.Tensor) -> torch.Tensor:

@@ -85,11 +85,11 @@ def unique_rows(rows: Sequence[Row]) -> list[Row]:
 def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
     """All figures, in per cent.
 
-    `ap50`, `ap`, `identity_seen`, `identity_unseen`, `clip_i`, `dino`, `leakage`, `leakage_outside` for each arm on the
-    test layouts, "ceiling" and "floor" among them; `identity_way.<arm>`, the way from floor to ceiling of unseen
-    identities; `ap50.<arm>_<case>` and so on for other layouts, of all identities; `shift.<arm>`, see `shift_metrics`;
-    and `ap50_diff.full_<arm>`, `identity_diff...`, `clip_i_diff...`, `leakage_diff...`, `leakage_outside_diff...`, in
-    percentage points. What no row can tell has no figure.
+    `ap50`, `ap`, `identity_seen`, `identity_unseen`, `clip_i`, `dino`, `leakage`, `leakage_outside` for each arm on
+    the test layouts, "ceiling" and "floor" among them; `identity_way.<arm>`, the way from floor to ceiling of unseen
+    identities; `ap50.<arm>_<case>` and so on for other layouts, of all identities; `shift.<arm>`, see
+    `shift_metrics`; and `ap50_diff.full_<arm>`, `identity_diff...`, `clip_i_diff...`, `leakage_diff...`,
+    `leakage_outside_diff...`, in percentage points. What no row can tell has no figure.
     """
     by_arm: dict[str, dict[str, list[Row]]] = {}
     for row in rows:

@@ -93,20 +93,23 @@ ALL_ARMS = (
 )  # fmt: skip
 SIZES = {
     "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 16, 1, 32, 0),
-    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 1500, 8, 100, 24, 48, 3, 100, 300),
+    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 1200, 8, 300, 24, 48, 3, 100, 300),
     "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 256, 10, 500, 2000),
 }
-DEV_PROMPTS, DEV_SCENES = 6, 32
-#: Of toybox. Stable Diffusion's defaults, 1e-3 and 5e-5, are for 24,000 steps.
+DEV_PROMPTS, DEV_ROUNDS, DEV_SCENES = 12, 2, 32
+#: Of toybox, at most. Stable Diffusion's defaults, 1e-3 and 5e-5, are for 24,000 steps.
 TOKEN_WEIGHT, PIXEL_WEIGHT = 0.02, 0.001
+#: Of these weights; the last one gives the paper's.
+WEIGHT_SHARES = (0.25, 0.05, 1.0)
 LEARNING_RATES = (1e-4, 5e-5, 2e-4)
 KEY_LEARNING_RATES = (4e-3, 1e-3, 2e-3)  # of sepen, whose gradients are small and end in a hundredth of the weights
 PROTOCOL = (
     "Toybox. Trained arms: the same scenes, steps and batches, the whole UNet, of which a delta of rank 16 is left"
-    " (sepen: attn2.to_k, no pictures), each tuned on the dev prompts by the same number of trials. ldm: the denoising"
-    " loss alone; tokencompose: with token and pixel losses in middle and decoder; token_only, pixel_only: with one of"
-    " them; mid_only, one_grid (the decoder's coarsest), all_layers (encoder too): with both elsewhere;"
-    " attend_and_excite: diffusers' pipeline on the base."
+    " (sepen: attn2.to_k, no pictures). Each tuned on the dev prompts by the same number of trials: of rates (ldm,"
+    f" sepen), of the losses' weights at the rate {LEARNING_RATES[0]:g} (the others), of settings (attend_and_excite)."
+    " ldm: the denoising loss alone; tokencompose: with token and pixel losses in middle and decoder; token_only,"
+    " pixel_only: with one of them; mid_only, one_grid (the decoder's coarsest), all_layers (encoder too): with both"
+    " elsewhere; attend_and_excite: diffusers' pipeline on the base."
     f" Pictures: {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms. mg<k>: share of the test"
     " prompts with at least k objects that show k of them, object_accuracy: share of pairs with both, single_object:"
     " share of single ones, by the judge, in per cent; map_iou: maps of held-out scenes at t = 200, 400, 600,"
@@ -136,18 +139,29 @@ def build_arms(size: Size) -> dict[str, Arm]:
         "all_layers": {**token, **pixel, "layers": r"attn2$"},
     }
 
-    def candidates(rates: Sequence[float]) -> tuple[Options, ...]:
-        return tuple({"learning_rate": rate} for rate in (rates if size.trial_steps else rates[:1]))
+    def chosen(candidates: Sequence[Options]) -> tuple[Options, ...]:
+        return tuple(candidates if size.trial_steps else candidates[:1])
+
+    def of_rates(rates: Sequence[float]) -> tuple[Options, ...]:
+        return chosen([{"learning_rate": rate} for rate in rates])
+
+    def of_weights(options: Options) -> tuple[Options, ...]:
+        weights = {name: float(options[name]) for name in ("token_weight", "pixel_weight")}
+        scaled = [{name: share * weight for name, weight in weights.items()} for share in WEIGHT_SHARES]
+        return chosen([{"learning_rate": LEARNING_RATES[0], **one} for one in scaled])
 
     arms = {
         name: Arm(
-            name, train_token_compose.main, {**common, "delta_rank": DELTA_RANK, **options}, candidates(LEARNING_RATES)
+            name,
+            train_token_compose.main,
+            {**common, "delta_rank": DELTA_RANK, **options},
+            of_rates(LEARNING_RATES) if options == off else of_weights({**off, **options}),
         )
         for name, options in supervised.items()
     }
     concepts = {**common, "concepts": active_preset().categories, "norm_weight": 0.5}
     del concepts["toybox_scenes"]  # no pictures
-    arms["sepen"] = Arm("sepen", train_separate_enhance.main, concepts, candidates(KEY_LEARNING_RATES))
+    arms["sepen"] = Arm("sepen", train_separate_enhance.main, concepts, of_rates(KEY_LEARNING_RATES))
     return arms
 
 
@@ -182,7 +196,7 @@ class Recipe:
     def dev_score(self, weights: Path) -> float:
         """Share of the dev prompts' objects that are found."""
         records = toybox_prompts(active_preset(), "dev", DEV_PROMPTS)
-        rows = self.look("dev", weights.parent, load_arm(weights, self.device), records, rounds=1)
+        rows = self.look("dev", weights.parent, load_arm(weights, self.device), records, DEV_ROUNDS)
         return sum(len(row["found"]) for row in rows) / sum(len(row["named"]) for row in rows)
 
     def look(
@@ -270,7 +284,7 @@ class Recipe:
         records, scores = toybox_prompts(active_preset(), "dev", DEV_PROMPTS), []
         settings = call_arguments(len(LEARNING_RATES) if self.size.trial_steps else 1)
         for number, arguments in enumerate(settings):
-            rows = self.look(f"dev-{number}", folder, pipeline, records, 1, **arguments)
+            rows = self.look(f"dev-{number}", folder, pipeline, records, DEV_ROUNDS, **arguments)
             scores.append(sum(len(row["found"]) for row in rows) / sum(len(row["named"]) for row in rows))
             print(f"== {ATTEND_AND_EXCITE}: {arguments['call_identity']}: {scores[-1]:.3f}")
         return pipeline, settings[scores.index(max(scores))]

@@ -224,7 +224,7 @@ def test_maps_of_keys_are_the_branchs_softmax():
     adapter_layers = pipeline.adapter.projections.layer_widths
     pipeline.adapter.projections.layer_widths = {layer: adapter_layers[layer]}
     _, maps = paint_with_key_maps(pipeline, PROMPT, two_objects(), num_inference_steps=1)
-    branch = pipeline._caches["keys"]["keys_values"][layer][1:]
+    branch = pipeline._caches["keys"]["keys_values"][layer]
     heads = module.heads
     query, key = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in (seen["query"], branch))
     indicators = torch.eye(2).repeat_interleave(3, 0).expand(1, heads, -1, -1)

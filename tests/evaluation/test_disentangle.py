@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -253,10 +256,18 @@ def evaluate(tmp_path):
     scene.save(tmp_path / "scene")
     write_learned(tmp_path / "learned")
 
-    def run(*more):
-        common = ["--learned", tmp_path / "learned", "--data", tmp_path / "scene", "--out", tmp_path / "out"]
+    def run(*more, out="out", processes=1):
+        common = ["--learned", tmp_path / "learned", "--data", tmp_path / "scene", "--out", tmp_path / out]
         common += ["--device", "cpu", "--max-prompts", 2, "--steps", 2]
-        return main(["evaluate", "disentangle", *map(str, [*common, *more])])
+        arguments = ["evaluate", "disentangle", *map(str, [*common, *more])]
+        if processes == 1:
+            return main(arguments)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*launch, "-m", "objectcompose", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return 0
 
     return run
 
@@ -274,6 +285,19 @@ def test_the_command_paints_and_scores_and_goes_on(evaluate, tmp_path, capsys):
     assert evaluate(*words, "--no-box-control") == 2 and "painted otherwise" in capsys.readouterr().err
     assert evaluate(*words, "--only", "score", "--max-prompts", "1") == 2
     assert "other instances or prompts" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(evaluate, tmp_path):
+    more = ["--words", "umbrella", "umbrella", "--max-prompts", 5, "--rounds", 2, "--batch-size", 1]
+    more += ["--steps", 1]
+    assert evaluate(*more, out="one") == evaluate(*more, out="two", processes=2) == 0
+    logs = [path.stat().st_size for path in (tmp_path / "two" / "scores").rglob("process-*.jsonl")]
+    assert len(logs) == 2 and all(logs)  # both scored something
+    one, two = ((tmp_path / name / "rows.jsonl").read_text(encoding="utf-8") for name in ("one", "two"))
+    assert one == two and len(one.splitlines()) == 10
+    first, second = (json.loads((tmp_path / name / "report.json").read_text())["metrics"] for name in ("one", "two"))
+    assert first == second
 
 
 @pytest.mark.parametrize(

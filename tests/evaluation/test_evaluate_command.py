@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -238,26 +239,39 @@ def test_prompts_that_the_judge_does_not_know(tmp_path, prompts, capsys):
     assert "got lion" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out" / "pictures").exists()
 
 
+def started(program, pictures, count):
+    """A run that has painted so many pictures, and is still running."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list(pictures.glob("*.png"))) < count and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    return process
+
+
 @pytest.mark.slow
 def test_killed_and_shared_runs_equal_a_whole_one(tmp_path):
-    """One run in one go; one killed and taken up again by two processes. Same pictures, same figures."""
-    arguments = ["evaluate", "multigen", "--max-prompts", "10", *TOYBOX]
+    """One run in one go; one killed, gone on with by two processes of which one is killed, and then by two."""
+    arguments = ["evaluate", "multigen", "--max-prompts", "20", *TOYBOX]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["objectcompose", *arguments, "--out", str(tmp_path / "broken")]
-    killed = subprocess.Popen([sys.executable, "-P", "-m", *command], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    pictures = tmp_path / "broken" / "pictures"
-    while len(list(pictures.glob("*.png"))) < 3 and time.monotonic() < deadline and killed.poll() is None:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    whole, pictures = contents(tmp_path / "whole" / "pictures"), tmp_path / "broken" / "pictures"
+    command = ["-m", "objectcompose", *arguments, "--out", str(tmp_path / "broken")]
+    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    alone = started([sys.executable, "-P", *command], pictures, 3)
+    alone.kill()
+    alone.wait()
     left = contents(pictures)
-    assert 3 <= len(left) < 10 and left.items() <= contents(tmp_path / "whole" / "pictures").items()
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *command]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert 3 <= len(left) < 20 and left.items() <= whole.items()
+    both = started(shared, pictures, len(left) + 3)
+    workers = psutil.Process(both.pid).children()
+    assert len(workers) == 2
+    random.choice(workers).kill()
+    assert both.wait(120) != 0  # the launcher ends the other one
+    assert len(left) + 3 <= len(contents(pictures)) < 20 and contents(pictures).items() <= whole.items()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(shared, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert contents(pictures) == contents(tmp_path / "whole" / "pictures")
+    assert contents(pictures) == whole
     assert report_of(tmp_path / "broken")["metrics"] == report_of(tmp_path / "whole")["metrics"]
     assert done.stdout.count("report.json") == 1  # two processes report as one
     logs = sorted(path.name for path in (tmp_path / "broken" / "sightings").rglob("*.jsonl"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from hashlib import sha256
 
 import numpy as np
@@ -17,7 +20,6 @@ from objectcompose.__main__ import main
 from objectcompose.adapters.locref_adapter import LocRefAdapter
 from objectcompose.errors import CheckpointError
 from objectcompose.evaluation.crop_similarity import GREY, CropEncoder, crop_of_box, toybox_encoders
-from objectcompose.evaluation.layout_cases import box_of
 from objectcompose.evaluation.layout_metrics import (
     average_precisions,
     layout_metrics,
@@ -28,6 +30,7 @@ from objectcompose.evaluation.layout_metrics import (
     precision_differences,
     shift_metrics,
 )
+from objectcompose.evaluation.row_log import RowLog
 from objectcompose.evaluation.toybox_layouts import toybox_layouts
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.weights import toybox_path
@@ -219,24 +222,29 @@ def test_what_lies_outside_is_seen_there():
 
 
 def test_a_second_copy_is_leakage_even_of_one_object():
-    [case] = [case for case in toybox_layouts(PRESETS["cpu"], "dev", 4) if len(case.objects) == 1]
-    box, references = box_of(case.objects[0]), [case.objects[0].image]
-    crop = crop_of_box(case.truth, box)
-    corners = [(x, y) for x in (0, case.truth.width - crop.width) for y in (0, case.truth.height - crop.height)]
-    middle = ((box[0] + box[2]) / 2 * case.truth.width, (box[1] + box[3]) / 2 * case.truth.height)
-    twice = case.truth.copy()
-    far = max(corners, key=lambda corner: abs(corner[0] - middle[0]) + abs(corner[1] - middle[1]))
-    twice.paste(crop, far)
+    reference = toybox_layouts(PRESETS["cpu"], "dev", 1)[0].objects[0].image
+    shown = reference.crop(reference.getbbox()).resize((28, 28))
+    once = Image.new("RGB", (64, 64), (170, 200, 160))
+    once.paste(shown, (2, 18), shown)
+    twice = once.copy()
+    twice.paste(shown, (34, 18), shown)
     for encoder in toybox_encoders("cpu"):
-        once, again = (encoder.inside_and_outside(one, [box], references)[1] for one in (case.truth, twice))
-        assert float(again) > float(once) + 0.2, encoder.name
+        (inside, before), (still, after) = (
+            encoder.inside_and_outside(one, [(0.0, 0.25, 0.5, 0.75)], [reference]) for one in (once, twice)
+        )
+        assert float(inside) == pytest.approx(float(still), abs=1e-5) and float(inside) > 0.7, encoder.name
+        assert float(after) > float(before) + 0.2, encoder.name
 
 
 # ---- the command
 
 
+def arguments(out, *more):
+    return ["evaluate", "layout", "--out", str(out), "--split", "dev", "--steps", "1", *more]
+
+
 def run(out, *more):
-    return main(["evaluate", "layout", "--out", str(out), "--split", "dev", "--steps", "1", *more])
+    return main(arguments(out, *more))
 
 
 def report(out):
@@ -267,14 +275,13 @@ def test_true_scenes_reach_their_ceiling(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert layout_metrics(rows) == metrics
     # rows of a version that measured less are left alone, and measured anew
-    measured = sorted(report(tmp_path)["details"]["measured_with"].items())
+    measured = sorted(report(tmp_path)["measured_with"].items())
     before_outside = log.parent.with_name(f"judge-{sha256(repr(measured).encode()).hexdigest()[:16]}")
     assert before_outside.name != log.parent.name
     log.parent.rename(before_outside)
-    stripped = [json.loads(line) for line in (before_outside / log.name).read_text(encoding="utf-8").splitlines()[:-1]]
-    for one in stripped:
-        del one["outside"]
-    (before_outside / log.name).write_text("".join(json.dumps(one) + "\n" for one in stripped), encoding="utf-8")
+    with RowLog(before_outside) as old:
+        for key, one in list(old.rows.items()):
+            old.add(key, {name: value for name, value in one.items() if name != "outside"})
     assert run(tmp_path, *few, "--only", "score") == 0
     assert report(tmp_path)["metrics"] == metrics and log.is_file()
     assert run(tmp_path, "--max-prompts", "3", "--only", "score") == 2
@@ -301,6 +308,22 @@ def test_adapter_paints_its_layouts(tmp_path, capsys):
     (tmp_path / "adapter/config.json").write_text(json.dumps(config), encoding="utf-8")
     assert run(tmp_path / "other", *few, "--adapter", str(tmp_path / "adapter")) == 2
     assert "made for" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    few = ("--max-prompts", "3", "--batch-size", "1")
+    assert run(tmp_path / "one", *few) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "objectcompose", *arguments(tmp_path / "two", *few)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    logs = [path.stat().st_size for path in (tmp_path / "two" / "measures").rglob("process-*.jsonl")]
+    assert len(logs) == 2 and all(logs)  # both measured something
+    one, two = ((tmp_path / name / "rows.jsonl").read_text(encoding="utf-8") for name in ("one", "two"))
+    assert one == two and len(one.splitlines()) == 3
+    assert report(tmp_path / "one")["metrics"] == report(tmp_path / "two")["metrics"]
 
 
 @pytest.mark.parametrize(

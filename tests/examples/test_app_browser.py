@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import shutil
 
 import numpy as np
@@ -92,6 +93,24 @@ def message_of(tab, action):
     return text
 
 
+def record_progress(tab):
+    """Keep in the page what its progress bar shows from now on, however short it is there."""
+    tab.evaluate("""() => {
+        window.progressShown = [];
+        new MutationObserver(() => {
+            const bar = document.querySelector("#picture [role=progressbar]");
+            if (!bar) return;
+            window.progressShown.push([Number(bar.getAttribute("aria-valuenow")), bar.parentElement.innerText]);
+        }).observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
+    }""")
+
+
+def copied(tab, name):
+    """The text behind a field's copy button."""
+    tab.locator(name).get_by_label("Copy").click()
+    return tab.evaluate("navigator.clipboard.readText()")
+
+
 def test_draw_paint_copy_and_repeat(tab, served, tmp_path, monkeypatch):
     tab.locator("#drawing [data-object='1']").click()
     drag(tab, (0.55, 0.2), (0.95, 0.8))
@@ -102,15 +121,18 @@ def test_draw_paint_copy_and_repeat(tab, served, tmp_path, monkeypatch):
     wait_for_text(tab, cell(tab, 0, 2), "0.05")  # a painted mask too, with the box around it
 
     tab.get_by_label("MIFO", exact=True).check()
-    tab.locator("#steps input").fill("3")
+    tab.locator("#steps input").fill("6")
+    record_progress(tab)
     tab.locator("#paint").click()
-    wait_for_text(tab, tab.locator("#message"), "MIFO, 3 steps")
+    wait_for_text(tab, tab.locator("#message"), "MIFO, 6 steps")
+    shares = [share for share, text in tab.evaluate("progressShown") if "painting" in text]
+    assert shares == sorted(shares) and any(0 < share < 100 for share in shares)
+    tab.locator("#picture [role=progressbar]").wait_for(state="detached")
     address = tab.locator("#picture img").get_attribute("src")
     shown = np.asarray(Image.open(io.BytesIO(tab.request.get(address).body())).convert("RGB"))
     assert tab.locator("#maps img").count() == 2 and tab.locator("#overlay img").count() == 1
 
-    tab.locator("#code").get_by_label("Copy").click()
-    code = tab.evaluate("navigator.clipboard.readText()")
+    code = copied(tab, "#code")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(code, "lines.py", "exec"), names)
@@ -118,6 +140,12 @@ def test_draw_paint_copy_and_repeat(tab, served, tmp_path, monkeypatch):
     first, second = names["layout"].objects
     assert first.mask is not None and 0.05 < first.mask.mean() < 0.3 and second.mask is None
     assert second.box == (0.55, 0.2, 0.95, 0.8)
+
+    tab.get_by_role("tab", name="Layout JSON").click()
+    wait_for_text(tab, tab.locator("#layout"), '"schema_version"')
+    layout = json.loads(copied(tab, "#layout"))
+    assert layout == json.loads((served[1] / "layout.json").read_text(encoding="utf-8"))
+    assert [item["phrase"] for item in layout["objects"]] == [first.phrase, second.phrase]
     assert tab.asked == {served[0].split("/")[2]} and tab.broken == []
 
 

@@ -195,8 +195,8 @@ def test_one_null_picture_is_kept_for_all_objects_and_rows(shared):
         for name, (key, value) in kept.items():
             assert key.shape == value.shape and key.shape[0] == 12
             assert torch.equal(key[:1].expand(6, -1, -1), key[:6])
-            held = [one for pairs in (kept._nulls, kept._shown) for one in pairs[name]]
-            tokens = key.shape[1] // kept._num_objects
+            held = [one for pairs in (kept.nulls, kept.shown) for one in pairs[name]]
+            tokens = kept.nulls[name][0].shape[1]
             assert sum(one.untyped_storage().nbytes() for one in held) == 2 * 4 * key.shape[2] * (
                 tokens + 6 * key.shape[1]
             )

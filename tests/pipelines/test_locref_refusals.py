@@ -23,6 +23,7 @@ from objectcompose.errors import (
 from objectcompose.layout import SceneObject
 from tests.pipelines.helpers import sample
 from tests.pipelines.locref_helpers import DOG, PROMPT, locref
+from tests.pipelines.refusals import refused
 from tests.tiny import tiny_components, tiny_image_encoder
 
 
@@ -31,16 +32,8 @@ def shared():
     return locref()
 
 
-def refused(pipeline, error, message, objects, **arguments):
-    """The call raises, and no model ran."""
-    ran = []
-    models = [pipeline.unet, pipeline.text_encoder, pipeline.image_encoder, pipeline.adapter]
-    handles = [model.register_forward_pre_hook(lambda *_: ran.append(1)) for model in models if model is not None]
-    with pytest.raises(error, match=message):
-        sample(pipeline, arguments.pop("prompt", PROMPT), objects=objects, **arguments)
-    for handle in handles:
-        handle.remove()
-    assert not ran
+def refuses(pipeline, error, message, objects, **arguments):
+    refused(sample, pipeline, error, message, **{"prompt": PROMPT, "objects": objects, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -61,27 +54,27 @@ def refused(pipeline, error, message, objects, **arguments):
     ],
 )
 def test_objects_that_cannot_be_used_are_refused(shared, objects, error, message):
-    refused(shared, error, message, objects)
+    refuses(shared, error, message, objects)
 
 
 def test_strengths_that_are_no_numbers_are_refused(shared):
-    refused(shared, ObjectComposeError, "`gamma` must be at least 0.0, got -1", [DOG], gamma=-1)
-    refused(shared, NonFiniteError, "`ri_scale`", [DOG], ri_scale=float("nan"))
-    refused(shared, ObjectComposeError, "`ci_scale` must be a number, got '1'", [DOG], ci_scale="1")
+    refuses(shared, ObjectComposeError, "`gamma` must be at least 0.0, got -1", [DOG], gamma=-1)
+    refuses(shared, NonFiniteError, "`ri_scale`", [DOG], ri_scale=float("nan"))
+    refuses(shared, ObjectComposeError, "`ci_scale` must be a number, got '1'", [DOG], ci_scale="1")
 
 
 def test_more_boxes_than_the_finest_grid_holds_are_refused(shared):
-    refused(shared, RegionError, "17 regions", [SceneObject(image=DOG.image, box=DOG.box)] * 17, height=8, width=8)
+    refuses(shared, RegionError, "17 regions", [SceneObject(image=DOG.image, box=DOG.box)] * 17, height=8, width=8)
 
 
 def test_components_that_are_missing_or_do_not_fit_are_refused():
-    refused(locref(adapter=None), CheckpointError, "`adapter` is needed.*load_adapter", [DOG])
-    refused(locref(image_encoder=None), CheckpointError, "`image_encoder` is needed", [DOG])
+    refuses(locref(adapter=None), CheckpointError, "`adapter` is needed.*load_adapter", [DOG])
+    refuses(locref(image_encoder=None), CheckpointError, "`image_encoder` is needed", [DOG])
     wide = locref({"image_encoder": None})  # for the encoder of IP-Adapter
-    refused(wide, CheckpointError, r"width 1280 \(pooled\), got one that gives 10", [DOG])
-    refused(locref(adapter=None), ObjectComposeError, "`return_composite=True`", None, return_composite=True)
+    refuses(wide, CheckpointError, r"width 1280 \(pooled\), got one that gives 10", [DOG])
+    refuses(locref(adapter=None), ObjectComposeError, "`return_composite=True`", None, return_composite=True)
     coordinates = locref({"composite": "coordinates"})
-    refused(coordinates, ObjectComposeError, "`return_composite=True`", [DOG], return_composite=True)
+    refuses(coordinates, ObjectComposeError, "`return_composite=True`", [DOG], return_composite=True)
 
 
 def test_an_adapter_of_another_base_is_refused():
@@ -103,4 +96,4 @@ def test_processors_that_cannot_be_replaced_are_refused_before_any_model_runs():
 
     pipeline = locref()
     pipeline.unet.set_attn_processor(ForeignProcessor())
-    refused(pipeline, PartConflictError, "ForeignProcessor", [DOG])
+    refuses(pipeline, PartConflictError, "ForeignProcessor", [DOG])

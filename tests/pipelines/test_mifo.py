@@ -25,7 +25,8 @@ from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.pipelines.placement import place_phrases
 from objectcompose.pipelines.subject_tokens import function_word_positions, prompt_subjects
 from tests.pipelines.conformance.rows import ROWS, generators, quiet
-from tests.pipelines.helpers import both_pipelines, compose_pipeline
+from tests.pipelines.helpers import both_pipelines, compose_pipeline, sample
+from tests.pipelines.refusals import refused
 from tests.tiny import TEXT_WIDTH, tiny_components, tiny_tokenizer
 
 
@@ -248,27 +249,18 @@ def test_foreign_parts_do_not_change_what_guidance_reads(monkeypatch):
     ],
 )
 def test_objects_that_cannot_be_controlled_are_refused(objects, error, message):
-    pipeline = mifo_pipeline()
-    forwards = []
-    pipeline.text_encoder.register_forward_hook(lambda *_: forwards.append(1))
-    with pytest.raises(error, match=message):
-        paint(pipeline, objects=objects)
-    with pytest.raises(error, match=message):
-        compose_pipeline()(PROMPT, num_inference_steps=2, parts=[MIFOBoxControl(objects)])
-    assert forwards == []
+    refused(paint, mifo_pipeline(), error, message, objects=objects)
+    refused(sample, compose_pipeline(), error, message, prompt=PROMPT, parts=[MIFOBoxControl(objects)])
 
 
 def test_known_placeholders_are_named():
     pipeline = learn(mifo_pipeline(), asset0=1)
-    with pytest.raises(PhraseNotFoundError, match="it has <asset0>"):
-        paint(pipeline, objects=[{"token": "<asset1>", "box": LEFT}])
-    with pytest.raises(PhraseNotFoundError, match="must occur in the prompt"):
-        paint(pipeline, objects=[{"token": "<asset0>", "box": LEFT}])
+    for token, message in (("<asset1>", "it has <asset0>"), ("<asset0>", "must occur in the prompt")):
+        refused(paint, pipeline, PhraseNotFoundError, message, objects=[{"token": token, "box": LEFT}])
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    with pytest.raises(PromptTooLongError, match="77"):
-        paint(mifo_pipeline(), prompt="a dog and " * 40)
+    refused(paint, mifo_pipeline(), PromptTooLongError, "77", prompt="a dog and " * 40)
 
 
 def test_more_objects_than_the_grid_tells_apart_are_refused():
@@ -279,8 +271,7 @@ def test_more_objects_than_the_grid_tells_apart_are_refused():
         {"phrase": word, "box": (x, y, x + 0.25, y + 0.25)} for word, (x, y) in zip(words, corners, strict=True)
     ]
     small = {"height": 8, "width": 8, "box_control": {**BRIEF, "refine": True}}
-    with pytest.raises(RegionError, match="at most 5"):
-        paint(pipeline, prompt=" and ".join(words), objects=objects, **small)
+    refused(paint, pipeline, RegionError, "at most 5", prompt=" and ".join(words), objects=objects, **small)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +288,7 @@ def test_more_objects_than_the_grid_tells_apart_are_refused():
     ],
 )
 def test_bad_options_are_refused(arguments, error, message):
-    with pytest.raises(error, match=message):
-        paint(mifo_pipeline(), **{"prompt": PROMPT, **arguments})
+    refused(paint, mifo_pipeline(), error, message, **arguments)
 
 
 def test_options_are_taken_in_every_form():

@@ -22,6 +22,7 @@ from objectcompose.errors import (
     CheckpointError,
     LayoutError,
     ObjectComposeError,
+    ObjectNotFoundError,
     PhraseNotFoundError,
     PromptTooLongError,
 )
@@ -32,6 +33,7 @@ from objectcompose.training import learn_mifo
 from objectcompose.training.common import Checkpointer, read_log
 from tests.pipelines.helpers import quiet
 from tests.tiny import TEXT_WIDTH, tiny_components
+from tests.training.look_alikes import mask_overlap, two_bears
 
 
 SIZE = 32
@@ -225,6 +227,36 @@ def test_a_photograph_with_masks_from_phrases(tmp_path):
     prompt = "a photo of <asset0> and <asset1>"
     images = pipeline(prompt, objects=objects, num_inference_steps=2, output_type="pt").images
     assert torch.isfinite(images).all()
+
+
+@pytest.mark.slow
+def test_a_picture_with_mask_files_is_learned_as_a_folder_is(base, scene, tmp_path):
+    brief = ["--max_train_steps", "2", "--stage2_steps", "0", "--validation_steps", "100"]
+    assert learn_mifo.main(arguments(base, scene, tmp_path / "folder", *brief)) == 0
+    files = arguments(base, scene, tmp_path / "files", *brief)
+    place = files.index("--data")
+    masks = ["--masks", str(scene / "mask0.png"), str(scene / "mask1.png")]
+    files[place : place + 2] = ["--image", str(scene / "img.png"), *masks]
+    assert learn_mifo.main(files) == 0
+    one, other = embeddings(tmp_path / "folder"), embeddings(tmp_path / "files")
+    assert list(one) == list(other) == ["asset0", "asset1"]
+    assert all(torch.equal(one[name][f"<{name}>"], other[name][f"<{name}>"]) for name in one)
+    assert len(read_log(tmp_path / "files" / "stage1" / "log.jsonl")) == 2
+
+
+@pytest.mark.slow
+def test_one_phrase_for_two_look_alikes(tmp_path):
+    """`--phrases` as a user types them, on the embedded segmenter; the left one comes first."""
+    picture, exact = two_bears()
+    picture.save(tmp_path / "photo.png")
+    common = ["--image", str(tmp_path / "photo.png"), "--output_dir", str(tmp_path), "--phrases", "a teddy bear"]
+    scene = learn_mifo.load_scene(learn_mifo.create_parser().parse_args([*common, "a teddy bear"]), 64)
+    assert scene.masks.shape == (2, 64, 64)
+    assert all(
+        mask_overlap(mask > 0, exact[side]) > 0.5 for mask, side in zip(scene.masks, ("left", "right"), strict=True)
+    )
+    with pytest.raises(ObjectNotFoundError, match="'a teddy bear' 3 times, and 2 could"):
+        learn_mifo.load_scene(learn_mifo.create_parser().parse_args([*common, "a teddy bear", "a teddy bear"]), 64)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from objectcompose.errors import ObjectComposeError, PromptTooLongError
 from objectcompose.training.loop import Draw
 from objectcompose.training.mifo_losses import MIFOLosses, MIFOLossOptions, SceneLatents, learning_layers
 from objectcompose.training.mifo_scene import make_scene
+from objectcompose.training.mifo_watch import WATCHED_DRAWS, AttentionWatch
 from objectcompose.training.placeholders import Placeholders
 from tests.tiny import tiny_components
 
@@ -237,3 +238,60 @@ def test_bad_setups_are_refused():
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ObjectComposeError, match=name):
         MIFOLossOptions(**{name: value})
+
+
+# ---- the warning where attention is lost
+
+
+def test_attention_that_goes_to_0_is_warned_of_once_for_each_instance(caplog):
+    watch = AttentionWatch(["<cup>", "<mug>"], even_share=1 / 77)
+    for _ in range(2 * WATCHED_DRAWS):
+        watch.add(0, 0.1)
+        watch.add(1, 0.1)
+    for _ in range(2 * WATCHED_DRAWS):  # the cup keeps more than its even share, and no less than it has at random
+        watch.add(0, 0.02)
+        watch.add(1, 0.001)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    message = record.getMessage()
+    assert message.startswith("Attention of <mug> inside of its mask goes to 0: ") and "0.1 at best" in message
+    assert all(word in message for word in ("learning rate", "`reward_weight`", "`initial`"))
+    for _ in range(2 * WATCHED_DRAWS):
+        watch.add(0, 0.0)
+        watch.add(1, 0.0)
+    assert len(caplog.records) == 2 and "<cup>" in caplog.text
+
+
+def test_attention_that_was_never_high_or_dips_for_a_moment_is_no_loss(caplog):
+    watch = AttentionWatch(["<a>", "<b>"], even_share=1 / 77)
+    for draw_number in range(4 * WATCHED_DRAWS):
+        watch.add(0, 0.004)  # a model that reads its start token most
+        watch.add(1, 0.0 if draw_number % 4 == 3 else 0.03)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("penalty", ["<asset0>", "<asset1>"]), ("reward", [])])
+def test_the_penalty_alone_is_least_without_any_attention(caplog, kind, lost):
+    """The trap itself: keys and queries of a real UNet learn from the attention loss and nothing else."""
+    setup = Setup(gate=1000, attention_loss=kind, penalty_weight=1e3, reward_weight=1e3, reconstruction_weight=0.0)
+    layers = [setup.unet.get_submodule(name) for name in setup.losses.layers]
+    weights = [weight.requires_grad_() for layer in layers for weight in (layer.to_q.weight, layer.to_k.weight)]
+    optimizer = torch.optim.Adam(weights, lr=0.05)
+    inside = []
+    for step in range(12):
+        optimizer.zero_grad()
+        inside.append(setup(*(draw(4 * step + row) for row in range(4)), backward=True)["inside"])
+        optimizer.step()
+    assert (inside[-1] < 0.01 * inside[0]) == (kind == "penalty")
+    assert sorted(record.getMessage().split()[2] for record in caplog.records) == lost
+
+
+def test_attention_at_high_noise_where_no_loss_acts_is_not_watched():
+    setup, seen = Setup(gate=500), []
+    setup.losses.watch.add = lambda instance, inside: seen.append((instance, inside))
+    late, early = (seed_where(setup, lambda sample, t, low=low: (t < 500) == low) for low in (False, True))
+    setup(draw(late))
+    assert not seen
+    found = setup(draw(early))
+    assert [instance for instance, _ in seen] == list(drawn(setup, early)[0].chosen)
+    assert sum(inside for _, inside in seen) / len(seen) == pytest.approx(found["inside"].item(), rel=1e-5)

@@ -39,7 +39,11 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
+    return write_captions(tmp_path_factory.mktemp("data"))
+
+
+def write_captions(folder: Path) -> Path:
+    """Grounded captions of four small pictures."""
     rng, samples = np.random.default_rng(0), []
     for number, noun in enumerate(("dog", "cup", "corgi", "apple")):
         picture = folder / f"{number}.png"
@@ -111,14 +115,16 @@ def run_until_step(
     """Start a run and kill it, or one of its processes, as soon as its log has reached a step."""
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
+        for _ in range(6000):
             if (out / "log.jsonl").is_file() and len(read_log(out / "log.jsonl")) >= step:
                 break
             assert process.poll() is None, "it ended by itself"
-            time.sleep(0.1)
+            time.sleep(0.05)
         if only_one_worker:
-            psutil.Process(process.pid).children()[-1].kill()
-            assert process.wait(60) != 0  # the launcher ends the others
+            workers = psutil.Process(process.pid).children()
+            assert len(workers) == 2
+            random.choice(workers).kill()
+            assert process.wait(120) != 0  # the launcher ends the other one
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -145,40 +151,6 @@ def test_killed_and_resumed_equals_unbroken(base, data, tmp_path):
         for out in ("unbroken", "killed")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_one_of_two_processes_killed_and_resumed_equals_unbroken(base, data, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for out in ("unbroken", "killed"):
-        script = ["-m", "objectcompose.training.train_token_compose", *token_compose(base, data, tmp_path / out)]
-        command = [*launch, *script, "--max_train_steps", "12"]
-        if out == "killed":
-            run_until_step(command, tmp_path / out, 3, environment, only_one_worker=True)
-            assert 0 < Checkpointer(tmp_path / out / "checkpoints").steps()[-1] < 12
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-8000:]
-    unbroken, killed = state(tmp_path / "unbroken"), state(tmp_path / "killed")
-    assert all(torch.equal(unbroken[name], killed[name]) for name in unbroken)
-    assert [line["step"] for line in read_log(tmp_path / "killed" / "log.jsonl")] == list(range(1, 13))
-
-
-def test_two_processes_equal_one_with_twice_the_accumulation(base, data, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = ["-m", "objectcompose.training.train_token_compose"]
-    for out, processes, accumulation in (("one", 1, "2"), ("two", 2, "1")):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launch, *script, *token_compose(base, data, tmp_path / out)]
-        command += ["--gradient_accumulation_steps", accumulation]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-8000:]
-    one, two = (read_log(tmp_path / out / "log.jsonl") for out in ("one", "two"))
-    for line, other in zip(one, two, strict=True):
-        assert [line[name] for name in ("loss", "token", "grad_norm")] == pytest.approx(
-            [other[name] for name in ("loss", "token", "grad_norm")], rel=1e-3
-        )
-    first, second = (state(tmp_path / out) for out in ("one", "two"))
-    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
 
 
 @pytest.mark.parametrize("modules", ["attn2", "to_k"])

@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_locref by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.locref_adapter, objectcompose.attention_processors.branch, objectcompose.attention_processors.reference_fusion, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.reference_images, objectcompose.attention_processors.regions, objectcompose.pipelines.reference_layout, objectcompose.pipelines.reference_scenes, objectcompose.attention_processors.compiled, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_locref.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.locref_adapter, objectcompose.attention_processors.branch, objectcompose.attention_processors.reference_fusion, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.reference_images, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.reference_layout, objectcompose.pipelines.reference_scenes, objectcompose.attention_processors.compiled, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_locref.
 # SPDX-License-Identifier: Apache-2.0
 
 """LocRefPipeline: a prompt, and objects with a box and a reference picture, to a picture; nothing is tuned per object.
@@ -4420,6 +4420,38 @@ def null_features(image_encoder: "Any", device: "torch.device | str | None" = No
     return ReferenceFeatures(torch.zeros_like(features.pooled), torch.zeros_like(features.embeds), features.grid)
 
 
+# --- objectcompose.attention_processors.guided_keys_values
+
+class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
+    """Keys and values of `[uncond, cond]` rows for a `Branch`, put together when a layer asks for its own.
+
+    Null objects are alike in all rows and slots, so that one of them is kept: about half of the memory.
+
+    Args:
+        nulls: per layer keys and values of one null object, `(1, T, C)`.
+        shown: per layer those of the conditional rows, `(B, N * T, C)`.
+
+    Attributes:
+        nulls, shown: as given.
+    """
+
+    def __init__(self, nulls: "KeysValues", shown: "KeysValues"):
+        self.nulls, self.shown = nulls, shown
+
+    def __getitem__(self, layer: "str") -> "tuple[torch.Tensor, torch.Tensor]":
+        key, value = (
+            torch.cat([null.repeat(len(shown), shown.shape[1] // null.shape[1], 1), shown])
+            for null, shown in zip(self.nulls[layer], self.shown[layer], strict=True)
+        )
+        return key, value
+
+    def __iter__(self) -> "Iterator[str]":
+        return iter(self.shown)
+
+    def __len__(self) -> "int":
+        return len(self.shown)
+
+
 # --- objectcompose.attention_processors.regions
 
 RASTER_RULES = ("area", "cover", "round", "point")
@@ -5042,7 +5074,7 @@ def scene_parts(
     if adapter.config.composite == "coordinates":
         counts["composite"] = references.shape[1]
     keys_values = {
-        kind: GuidedKeysValues(layers, rows, counts[kind])
+        kind: _guided_rows(layers, rows, counts[kind])
         if with_nulls
         else {layer: (key[rows], value[rows]) for layer, (key, value) in layers.items()}
         for kind, layers in keys_values.items()
@@ -5060,38 +5092,22 @@ def scene_parts(
     )
 
 
-class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
-    """Keys and values of `[uncond, cond]` rows, put together when a layer asks for its own.
-
-    Null pictures are alike in all rows and for all objects, so that one of them is kept: about half of the memory.
+def _guided_rows(keys_values: "KeysValues", rows: "torch.Tensor", num_objects: "int") -> "GuidedKeysValues":
+    """Keys and values of `[uncond, cond]` rows.
 
     Args:
         keys_values: per layer keys and values `(1 + B, N * T, C)`; the first row is that of null pictures.
         rows: the scene of each picture, `(n,)`, numbers in [0, B).
         num_objects: N.
     """
-
-    def __init__(self, keys_values: "KeysValues", rows: "torch.Tensor", num_objects: "int"):
-        self._num_objects = num_objects
+    nulls: "dict[str, tuple[torch.Tensor, torch.Tensor]]" = {}
+    shown: "dict[str, tuple[torch.Tensor, torch.Tensor]]" = {}
+    for layer, (key, value) in keys_values.items():
+        num_tokens = key.shape[1] // num_objects
         # copies, since a view would keep all of what it looks into
-        self._nulls = {
-            layer: tuple(one[:1, : one.shape[1] // num_objects].clone() for one in pair)
-            for layer, pair in keys_values.items()
-        }
-        self._shown = {layer: (key[rows + 1], value[rows + 1]) for layer, (key, value) in keys_values.items()}
-
-    def __getitem__(self, layer: "str") -> "tuple[torch.Tensor, torch.Tensor]":
-        key, value = (
-            torch.cat([null.repeat(len(shown), self._num_objects, 1), shown])
-            for null, shown in zip(self._nulls[layer], self._shown[layer], strict=True)
-        )
-        return key, value
-
-    def __iter__(self) -> "Iterator[str]":
-        return iter(self._shown)
-
-    def __len__(self) -> "int":
-        return len(self._shown)
+        nulls[layer] = (key[:1, :num_tokens].clone(), value[:1, :num_tokens].clone())
+        shown[layer] = (key[rows + 1], value[rows + 1])
+    return GuidedKeysValues(nulls, shown)
 
 
 def _zero_row_first(vectors: "torch.Tensor") -> "torch.Tensor":

@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_object_prompt by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.object_prompt_adapter, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.reference_images, objectcompose.pipelines.object_matching, objectcompose.pipelines.token_refinement, objectcompose.pipelines.guidance_options, objectcompose.attention_processors.branch, objectcompose.attention_processors.regions, objectcompose.pipelines.object_regions, objectcompose.pipelines.object_prompts, objectcompose.attention_processors.compiled, objectcompose.pipelines.segment_refinement, objectcompose.pipelines.composition_guidance, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_object_prompt.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.object_prompt_adapter, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.reference_images, objectcompose.pipelines.object_matching, objectcompose.pipelines.token_refinement, objectcompose.pipelines.guidance_options, objectcompose.attention_processors.branch, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.object_regions, objectcompose.pipelines.object_prompts, objectcompose.attention_processors.compiled, objectcompose.pipelines.segment_refinement, objectcompose.pipelines.composition_guidance, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_object_prompt.
 # SPDX-License-Identifier: Apache-2.0
 
 """ObjectPromptPipeline: a prompt and pictures of objects to a picture with these objects, in a layout of its own.
@@ -1909,6 +1909,10 @@ class ObjectPromptAdapter(AdapterMixin, ModelMixin, ConfigMixin):
             tokens["appearance"] = self.appearance_adapter(grid)
         for_keys, for_values = TOKEN_STREAMS[config.streams]
         return tokens[for_keys], tokens[for_values]
+
+    def token_parameters(self) -> "list[torch.Tensor]":
+        """All weights behind `object_tokens`."""
+        return [weight for name, weight in self.named_parameters() if not name.startswith("projections.")]
 
     @apply_forward_hook
     def keys_of(self, tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
@@ -4858,6 +4862,38 @@ def _same_content(known: "Sequence[torch.Tensor]", current: "Sequence[torch.Tens
     )
 
 
+# --- objectcompose.attention_processors.guided_keys_values
+
+class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
+    """Keys and values of `[uncond, cond]` rows for a `Branch`, put together when a layer asks for its own.
+
+    Null objects are alike in all rows and slots, so that one of them is kept: about half of the memory.
+
+    Args:
+        nulls: per layer keys and values of one null object, `(1, T, C)`.
+        shown: per layer those of the conditional rows, `(B, N * T, C)`.
+
+    Attributes:
+        nulls, shown: as given.
+    """
+
+    def __init__(self, nulls: "KeysValues", shown: "KeysValues"):
+        self.nulls, self.shown = nulls, shown
+
+    def __getitem__(self, layer: "str") -> "tuple[torch.Tensor, torch.Tensor]":
+        key, value = (
+            torch.cat([null.repeat(len(shown), shown.shape[1] // null.shape[1], 1), shown])
+            for null, shown in zip(self.nulls[layer], self.shown[layer], strict=True)
+        )
+        return key, value
+
+    def __iter__(self) -> "Iterator[str]":
+        return iter(self.shown)
+
+    def __len__(self) -> "int":
+        return len(self.shown)
+
+
 # --- objectcompose.attention_processors.regions
 
 RASTER_RULES = ("area", "cover", "round", "point")
@@ -5343,6 +5379,9 @@ def _cells_of(mask: "torch.Tensor | None", grid: "tuple[int, int]", border: "flo
 #: Free space around an object in what the image encoder sees, as a share of its longer side.
 PROMPT_MARGIN = 0.1
 
+#: Key tokens and value tokens of P pictures, `(P, T, C)` each.
+PictureTokens = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class PromptTokens:
@@ -5369,22 +5408,28 @@ class PromptTokens:
         return self.present.shape[1]
 
 
-def prompt_features(
+def prompt_tokens(
+    adapter: "Any",
     image_encoder: "Any",
     feature_extractor: "Any",
     images: "Sequence[Any]",
     backgrounds: "Sequence[Any]",
     device: "torch.device | str",
     caches: "dict[str, dict[str, Any]]",
-) -> "tuple[ReferenceFeatures, ReferenceFeatures]":
-    """Features of all pictures of a call, from one pass of the encoder, and those of the null picture.
+) -> "tuple[PictureTokens, PictureTokens]":
+    """Tokens of all pictures of a call, from one pass of the encoder, and those of the null picture.
+
+    Tokens are kept, and not the features of the pictures, which are many times as large.
 
     Args:
-        image_encoder, feature_extractor: as in the pipeline.
+        adapter, image_encoder, feature_extractor: as in the pipeline.
         images: PIL images of objects: cut out, framed with a margin.
         backgrounds: PIL images of scenes, which follow the objects: squashed whole.
         device: where the encoder runs.
         caches: kept by the pipeline, so that the same pictures are not encoded again; never stale.
+
+    Returns:
+        Key tokens and value tokens of P pictures, `(P, T, C)` each; and the same of the null picture, P = 1.
     """
     mean, std = clip_statistics(feature_extractor)
     side = encoder_side(image_encoder)
@@ -5393,21 +5438,27 @@ def prompt_features(
     ready = normalize_pixels(torch.stack(pixels), mean, std).to(device)
     weights = list(image_encoder.parameters())
 
-    def encode(batch: "torch.Tensor") -> "Any":
-        return encode_references(image_encoder, batch)
-
     def encode_null(_: "torch.Tensor") -> "Any":
         return null_features(image_encoder, device)
 
-    found: "Any" = cached_projection(caches.setdefault("features", {}), ready, encode, weights)
-    null: "Any" = cached_projection(caches.setdefault("null", {}), ready.new_zeros(1), encode_null, weights)
-    return found, null
+    def encode(batch: "torch.Tensor") -> "Any":
+        features = encode_references(image_encoder, batch)
+        null: "Any" = cached_projection(caches.setdefault("null", {}), ready.new_zeros(1), encode_null, weights)
+        # the encoder is done before the adapter starts: offloading has one of them on the device
+        embeds, grid = torch.cat([features.embeds, null.embeds]), torch.cat([features.grid, null.grid])
+        return adapter.object_tokens(embeds.to(adapter.dtype), grid.to(adapter.dtype))
+
+    found: "Any" = cached_projection(
+        caches.setdefault("tokens", {}), ready, encode, [*weights, *adapter.token_parameters()]
+    )
+    key_tokens, value_tokens = found
+    return (key_tokens[:-1], value_tokens[:-1]), (key_tokens[-1:], value_tokens[-1:])
 
 
 def pack_tokens(
     key_tokens: "torch.Tensor",
     value_tokens: "torch.Tensor",
-    null: "tuple[torch.Tensor, torch.Tensor]",
+    null: "PictureTokens",
     slots: "Sequence[Sequence[tuple[int, float]]]",
 ) -> "PromptTokens":
     """Tokens of single pictures to slots.
@@ -5418,7 +5469,8 @@ def pack_tokens(
         slots: per generated picture and slot, which of the P pictures it holds and how strongly.
 
     Raises:
-        ObjectComposeError: keys and values are not as many.
+        ObjectComposeError: keys and values are not as many. No call of the pipeline comes to that: its adapter makes
+            both streams of one `num_tokens`, and refuses weights of other sizes when it is loaded.
     """
     check_token_counts_agree(key_tokens, value_tokens)
     shape = (len(slots), max(map(len, slots)), *key_tokens.shape[1:])  # (M, N, T, C)
@@ -5447,56 +5499,47 @@ class ObjectPromptBranch:
 
     def __init__(self, adapter: "Any", tokens: "PromptTokens", caches: "dict[str, dict[str, Any]]"):
         self.adapter, self.tokens = adapter, tokens
-        maps = adapter.projections
-        keys: "Any" = cached_projection(
-            caches.setdefault("keys", {}), (tokens.null_keys, tokens.keys), self._all_keys, maps.key_maps.parameters()
-        )
-        values: "Any" = cached_projection(
-            caches.setdefault("values", {}),
-            (tokens.null_values, tokens.values),
-            self._all_values,
-            maps.value_maps.parameters(),
-        )
+        nulls = self._project(caches, "null_", tokens.null_keys, tokens.null_values)
+        shown = self._project(caches, "", tokens.keys, tokens.values)
         first = float(tokens.scales.flatten()[0])
         is_uniform = bool((tokens.scales[tokens.present] == first).all())
         self.part = Branch(
-            {name: (keys[name], values[name]) for name in keys},
+            GuidedKeysValues(nulls, shown),
             scale=first if is_uniform else tokens.scales.repeat(2, 1),
             num_objects=tokens.num_slots,
             present=None if bool(tokens.present.all()) else tokens.present.repeat(2, 1),
             overlap="joint",
         )
 
-    def _all_keys(self, null_tokens: "torch.Tensor", tokens: "torch.Tensor") -> "Any":
-        """`{layer: (2 * M, N * T, width)}`, rows as `[uncond, cond]`."""
-        return _with_null_rows(self.adapter.keys_of, null_tokens, tokens)
-
-    def _all_values(self, null_tokens: "torch.Tensor", tokens: "torch.Tensor") -> "Any":
-        return _with_null_rows(self.adapter.values_of, null_tokens, tokens)
+    def _project(
+        self, caches: "dict[str, dict[str, Any]]", name: "str", key_tokens: "torch.Tensor", value_tokens: "torch.Tensor"
+    ) -> "KeysValues":
+        """Keys and values of each layer, two caches, so that new values leave the keys as they are."""
+        adapter, maps = self.adapter, self.adapter.projections
+        keys: "Any" = cached_projection(
+            caches.setdefault(f"{name}keys", {}), key_tokens, adapter.keys_of, maps.key_maps.parameters()
+        )
+        values: "Any" = cached_projection(
+            caches.setdefault(f"{name}values", {}), value_tokens, adapter.values_of, maps.value_maps.parameters()
+        )
+        return {layer: (key, values[layer]) for layer, key in keys.items()}
 
     @property
     def values(self) -> "dict[str, torch.Tensor]":
         """The conditional half's values of each layer, `(M, N * T, width)`."""
-        return {name: value[len(self.tokens.values) :] for name, (_, value) in self.part.keys_values.items()}
+        kept: "Any" = self.part.keys_values
+        return {name: value for name, (_, value) in kept.shown.items()}
 
     @values.setter
     def values(self, values: "dict[str, torch.Tensor]") -> "None":
         """Attend to other values from now on; keys and the unconditional half stay."""
-        count = len(self.tokens.values)
-        self.part.keys_values = {
-            name: (key, torch.cat([value[:count], values[name]]))
-            for name, (key, value) in self.part.keys_values.items()
-        }
+        kept: "Any" = self.part.keys_values
+        shown = {name: (key, values[name]) for name, (key, _) in kept.shown.items()}
+        self.part.keys_values = GuidedKeysValues(kept.nulls, shown)
 
     def confine(self, masks: "SlotMasks", canvas: "tuple[int, int]", is_shared: "Sequence[bool]") -> "None":
         """Let each slot act only where its mask is, in both halves; see `SlotRegions`."""
         self.part.regions = SlotRegions(masks, canvas, is_shared, halves=2)
-
-
-def _with_null_rows(project: "Any", null_tokens: "torch.Tensor", tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
-    null, found = project(null_tokens), project(tokens)
-    rows, copies = len(tokens), tokens.shape[1] // null_tokens.shape[1]
-    return {name: torch.cat([null[name].repeat(rows, copies, 1), one]) for name, one in found.items()}
 
 
 # --- objectcompose.attention_processors.compiled
@@ -6966,11 +7009,15 @@ class ObjectPromptPipeline(
         # prompts often share their objects: each picture is encoded once
         images = {id(item.image): item.image for row in rows for item in row}
         scenes = {id(image): image for image in backgrounds if image is not None}
-        features, null = prompt_features(
-            self.image_encoder, self.feature_extractor, [*images.values()], [*scenes.values()], device, self._caches
+        (key_tokens, value_tokens), null = prompt_tokens(
+            adapter,
+            self.image_encoder,
+            self.feature_extractor,
+            [*images.values()],
+            [*scenes.values()],
+            device,
+            self._caches,
         )
-        embeds, grid = torch.cat([features.embeds, null.embeds]), torch.cat([features.grid, null.grid])
-        key_tokens, value_tokens = adapter.object_tokens(embeds.to(adapter.dtype), grid.to(adapter.dtype))
         image_places = {name: place for place, name in enumerate(images)}
         scene_places = {name: len(images) + place for place, name in enumerate(scenes)}
         slots = [
@@ -6979,8 +7026,7 @@ class ObjectPromptPipeline(
             for row, scene in zip(rows, backgrounds, strict=True)
             for _ in range(num_images_per_prompt)
         ]
-        tokens = pack_tokens(key_tokens[:-1], value_tokens[:-1], (key_tokens[-1:], value_tokens[-1:]), slots)
-        return ObjectPromptBranch(adapter, tokens, self._caches)
+        return ObjectPromptBranch(adapter, pack_tokens(key_tokens, value_tokens, null, slots), self._caches)
 
     @torch.no_grad()
     def __call__(
