@@ -82,13 +82,13 @@ class PhrasePresence:
     """
 
     def __init__(self, detector: Owlv2Detector | GroundingDinoDetector) -> None:
-        is_dino = isinstance(detector, GroundingDinoDetector)
-        threshold = max(detector.threshold, detector.text_threshold) if is_dino else detector.threshold
+        threshold, self.query = detector.threshold, QUERY
+        if isinstance(detector, GroundingDinoDetector):  # which reads the bare noun as its own token
+            threshold, self.query = max(threshold, detector.text_threshold), "{}"
         if threshold > SAVED_SCORE:
             raise ObjectComposeError(f"`detector` must keep scores from {SAVED_SCORE} on, got {threshold}.")
         self.detector = detector
         self.name = detector.name
-        self.query = "{}" if is_dino else QUERY  # Grounding DINO reads the bare noun as its own token
 
     def identity(self) -> str:
         """See `PresenceDetector`."""

@@ -22,7 +22,6 @@ from objectcompose.attention_processors.branch import Branch, KeysValues, cached
 from objectcompose.attention_processors.guided_keys_values import GuidedKeysValues
 from objectcompose.pipelines.object_regions import SlotMasks, SlotRegions
 from objectcompose.pipelines.reference_images import (
-    ReferenceFeatures,
     clip_statistics,
     encode_references,
     encoder_side,
