@@ -134,13 +134,15 @@ def test_cost_is_a_sum_of_parts():
          "segmentation": 0.6}
     )  # fmt: skip
     rows = [{"case": "time", "pair": pair, **plain, **parts} for pair in range(7)]
-    peaks = zip(object_prompt_cost.MEMORY_CASES, (100, 110, 500, 200), strict=True)
+    peaks = zip(object_prompt_cost.MEMORY_CASES, (100, 500, 200), strict=True)
     rows += [{"case": "memory", "side": side, "device": "cpu", "extra_bytes": peak} for side, peak in peaks]
+    rows += [{"case": "memory_full", "objects": count, "extra_bytes": peak} for count, peak in ((0, 100), (8, 109))]
     metrics = object_prompt_cost.metrics_of_rows(rows)
     assert metrics["time_ratio.unguided_n4"] == pytest.approx((0.8 + 20 * 1.1) / 20.7)
     assert metrics["time_ratio.guided_exact_n4"] == pytest.approx((0.8 + 22 + 0.4 + 24 + 7 * 1.2) / 20.7)
     assert metrics["time_ratio.guided_fast_n4"] == pytest.approx((0.8 + 11 + 0.4 + 24 + 7 * 1.2) / 20.7)
     assert metrics["time_ratio.segmentation_n4"] == pytest.approx(0.6 / 20.7)
+    assert metrics["memory_ratio.unguided_n8"] == pytest.approx(1.09)
     assert metrics["memory_ratio.guided"] == 5 and metrics["memory_ratio.guided_checkpointed"] == 2
     assert metrics["time_ratio.guided_exact_n4.valid"] is True
 
