@@ -25,7 +25,7 @@ test: $(STAMP)  ## fast tier, at most 3 minutes
 	$(PY) -P -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP)
-	$(PY) -P -m pytest -q -m "slow and not gpu"
+	$(PY) -P -m pytest -q -n auto --dist loadfile -m "slow and not gpu"
 
 test-gpu: $(STAMP)
 	$(PY) -P -m pytest -q -m gpu

@@ -100,7 +100,7 @@ DEV_PROMPTS, DEV_ROUNDS, DEV_SCENES = 12, 2, 32
 #: Of toybox, at most. Stable Diffusion's defaults, 1e-3 and 5e-5, are for 24,000 steps.
 TOKEN_WEIGHT, PIXEL_WEIGHT = 0.02, 0.001
 #: Of these weights; the last one gives the paper's.
-WEIGHT_SHARES = (0.25, 0.05, 1.0)
+WEIGHT_SHARES = (1.0, 0.25, 0.05)
 LEARNING_RATES = (1e-4, 5e-5, 2e-4)
 KEY_LEARNING_RATES = (4e-3, 1e-3, 2e-3)  # of sepen, whose gradients are small and end in a hundredth of the weights
 PROTOCOL = (

@@ -147,7 +147,7 @@ def test_killed_and_resumed_equals_unbroken(base, data, tmp_path):
             step = random.randrange(1, 15)
             print(f"killed at step {step}")
             run_until_step(command, tmp_path / out, step, environment)
-            assert Checkpointer(tmp_path / out / "checkpoints").steps()[-1] < 20
+            assert max(Checkpointer(tmp_path / out / "checkpoints").steps(), default=0) < 20
         subprocess.run(command, check=True, env=environment, capture_output=True)
     first, second = (Checkpointer(tmp_path / out / "checkpoints").latest() for out in ("unbroken", "killed"))
     assert first[0] == second[0] == 20
