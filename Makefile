@@ -21,7 +21,7 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(PY) -P -m objectcompose.examples.demo
 
-test: $(STAMP)  ## fast tier, at most 3 minutes
+test: $(STAMP)  ## fast tier, about 4 minutes on 2 cores
 	$(PY) -P -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP)
