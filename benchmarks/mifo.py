@@ -284,15 +284,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--flops-only", action="store_true", help="print ratios of FLOPs; no file")
     args = parse_cost(parser, argv)
     rows = flops_rows(args.steps, args.width, args.text_width, args.device)
-    if not args.flops_only:
-        rows += time_rows(args.pairs, args.steps, args.width, args.text_width, args.device)
-        rows += memory_rows(args.width, args.text_width)
-    if args.full_memory:
-        rows += full_rows()
     if args.flops_only:
         for name, value in metrics_of_rows(rows).items():
             print(f"{name}: {value:.4f}")
         return 0
+    rows += time_rows(args.pairs, args.steps, args.width, args.text_width, args.device)
+    rows += memory_rows(args.width, args.text_width)
+    if args.full_memory:
+        rows += full_rows()
     name = "mifo_cost_gpu" if args.device.startswith("cuda") else "mifo_cost"
     return write_cost("mifo", args, rows, metrics_of_rows, PROTOCOL, name)
 

@@ -78,7 +78,11 @@ def check_arms(names: Sequence[str], known: Sequence[str]) -> None:
 
 def metrics_of_arm(metrics: Mapping[str, float], arm: str) -> dict[str, float]:
     """`mg3.lo` becomes `mg3.<arm>.lo`."""
-    return {".".join([(parts := key.split("."))[0], arm, *parts[1:]]): value for key, value in metrics.items()}
+    named = {}
+    for key, value in metrics.items():
+        figure, dot, rest = key.partition(".")
+        named[f"{figure}.{arm}{dot}{rest}"] = value
+    return named
 
 
 def command_line(options: Options) -> list[str]:

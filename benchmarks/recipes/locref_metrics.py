@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.recipes.common import Row, metrics_of_arm, paired_metrics
@@ -147,6 +148,12 @@ def _displaced(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def _mean_cosine(row: Row, encoder: str, place: Place) -> float | None:
+    """In per cent; None of a row that says nothing of that place."""
+    values = cosines_of_rows([row], encoder, place=place).values
+    return 100 * sum(values) / len(values) if values else None
+
+
 def _difference_metrics(name: str, ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:
     keys = [(row["layout"], row["round"]) for row in ours]
     other = {(row["layout"], row["round"]): row for row in theirs}
@@ -159,18 +166,11 @@ def _difference_metrics(name: str, ours: Sequence[Row], theirs: Sequence[Row]) -
     for figure, encoder, place in FIGURES:
         if figure == "dino":
             continue
-
-        def values_of(row: Row, encoder: str = encoder, place: Place = place) -> list[float]:
-            return cosines_of_rows([row], encoder, place=place).values
-
-        def mean_of(row: Row, values_of: Callable[[Row], list[float]] = values_of) -> float:
-            values = values_of(row)
-            return 100 * sum(values) / len(values)
-
+        value = partial(_mean_cosine, encoder=encoder, place=place)
         # one object has no others
         told = [(row, other[key]) for row, key in zip(ours, keys, strict=True)]
-        told = [pair for pair in told if all(map(values_of, pair))]
+        told = [pair for pair in told if None not in map(value, pair)]
         if len({row["layout"] for row, _ in told}) > 1:
             sides = ([pair[side] for pair in told] for side in range(2))
-            metrics |= paired_metrics(f"{figure}_diff.{name}", *sides, mean_of, ("layout", "round"), "layout")
+            metrics |= paired_metrics(f"{figure}_diff.{name}", *sides, value, ("layout", "round"), "layout")
     return metrics
