@@ -15,8 +15,8 @@ from pathlib import Path
 
 from objectcompose.errors import LayoutError
 from objectcompose.evaluation.presence import PICTURE_FOLDER, add_painting_arguments, chosen_records, paint_for
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord, read_prompt_lines
+from objectcompose.processes import process_state
 
 
 HELP = "Paint T2I-CompBench's prompts into the folder that its official scorers read."

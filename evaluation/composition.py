@@ -34,7 +34,6 @@ from objectcompose.evaluation.presence import (
     chosen_records,
     paint_for,
 )
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.report import write_report
 from objectcompose.evaluation.row_log import RowLog, measure_groups
@@ -49,6 +48,7 @@ from objectcompose.grounding.clipseg import load_clipseg
 from objectcompose.grounding.grounder import Grounder
 from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD
 from objectcompose.pipelines.token_refinement import REFINEMENT_STEPS
+from objectcompose.processes import process_state
 from objectcompose.toybox.categories import Preset
 from objectcompose.toybox.weights import active_preset, toybox_path
 

@@ -44,13 +44,13 @@ from objectcompose.evaluation.presence import (
     add_step_argument,
     sampling_options,
 )
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.report import write_report
 from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.layout_fields import check_picture
 from objectcompose.pipelines.learned_instances import WEIGHT_FOLDER, learned_names, load_instances
 from objectcompose.pipelines.mifo_control import box_control_options
+from objectcompose.processes import process_state
 from objectcompose.toybox.weights import active_categories, active_preset
 
 

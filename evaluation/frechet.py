@@ -39,10 +39,10 @@ from objectcompose.evaluation.presence import (
     chosen_records,
     paint_for,
 )
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord, read_prompt_lines
 from objectcompose.evaluation.report import write_report
 from objectcompose.files import write_atomically
+from objectcompose.processes import process_state
 
 
 HELP = "Frechet distance between features of painted and of real pictures."

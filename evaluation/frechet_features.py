@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from objectcompose.errors import CheckpointError, ImageInputError, MissingPackageError, ObjectComposeError
 from objectcompose.evaluation.detectors import picture_tensor
-from objectcompose.evaluation.processes import groups_of_process
 from objectcompose.evaluation.results import hash_weights
 from objectcompose.evaluation.toybox_figures import held_out_scenes
 from objectcompose.grounding.loading import fingerprint, load_checkpoint_file
 from objectcompose.grounding.toybox_truth import scene_picture
 from objectcompose.layout_fields import check_picture
+from objectcompose.processes import groups_of_process
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.weights import active_preset
 

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from objectcompose.errors import CheckpointError, ImageInputError, ObjectComposeError
 from objectcompose.evaluation.pipeline_identity import pipeline_identity
-from objectcompose.evaluation.processes import groups_of_process
 from objectcompose.evaluation.prompt_lists import stable_number
 from objectcompose.evaluation.prompts import PromptRecord, check_records, prompts_digest
 from objectcompose.files import write_atomically, write_png
+from objectcompose.processes import groups_of_process
 
 
 MANIFEST_FILE = "manifest.json"

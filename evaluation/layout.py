@@ -46,12 +46,12 @@ from objectcompose.evaluation.layout_painting import (
 )
 from objectcompose.evaluation.models import EVALUATED_DTYPES
 from objectcompose.evaluation.presence import PICTURE_FOLDER, add_painting_arguments, add_step_argument
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import check_records
 from objectcompose.evaluation.report import write_report
 from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.evaluation.toybox_layouts import LAYOUTS, toybox_layouts
 from objectcompose.layout_fields import check_picture
+from objectcompose.processes import process_state
 from objectcompose.toybox.weights import active_preset
 
 

@@ -29,9 +29,9 @@ from objectcompose.evaluation.attention_iou import (
 )
 from objectcompose.evaluation.models import add_model_arguments, load_evaluated
 from objectcompose.evaluation.pipeline_identity import pipeline_identity
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.report import write_report
 from objectcompose.evaluation.row_log import RowLog, measure_groups
+from objectcompose.processes import process_state
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training.grounded_captions import CaptionDataset, GroundedCaptions, ToyboxCaptions, read_records
 from objectcompose.training.token_compose_losses import SUPERVISED_LAYERS

@@ -32,10 +32,10 @@ from objectcompose.evaluation.generation import (
     require_pictures,
 )
 from objectcompose.evaluation.models import EVALUATED_DTYPES, add_model_arguments, load_evaluated
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompts import PromptRecord, check_records, prompts_digest
 from objectcompose.evaluation.report import write_report
 from objectcompose.grounding.inputs import check_threshold
+from objectcompose.processes import process_state
 
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from objectcompose.evaluation.processes import groups_of_process
+from objectcompose.processes import groups_of_process
 
 
 Item = TypeVar("Item")

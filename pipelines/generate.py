@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
@@ -36,6 +35,7 @@ from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from objectcompose.pipelines.plot import overlay_output, save_png
+from objectcompose.processes import process_state
 from objectcompose.toybox.weights import toybox_path
 
 
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
         raise ObjectComposeError(f"`--seed` must be a whole number from 0 on, below 2**63, got {args.seed}.")
     if args.out.suffix.lower() != ".png":
         raise ObjectComposeError(f"`--out` must end in .png, got {str(args.out)!r}.")
-    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
+    state = process_state(args.device)
     mine = range(state.process_index, args.num_images, state.num_processes)
     if not mine:  # more processes than pictures
         return 0

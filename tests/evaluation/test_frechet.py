@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from objectcompose.errors import CheckpointError, ImageInputError, NonFiniteError, ObjectComposeError
 from objectcompose.evaluation.frechet import frechet_distance, frechet_metrics, gaussian_of
 from objectcompose.evaluation.frechet_features import file_source, find_picture_files, load_features, source_features
-from objectcompose.evaluation.processes import process_state
+from objectcompose.processes import process_state
 
 
 def random_gaussian(rng, width, rank):

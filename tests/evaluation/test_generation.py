@@ -20,9 +20,9 @@ from objectcompose.evaluation.generation import (
     require_pictures,
 )
 from objectcompose.evaluation.pipeline_identity import pipeline_identity
-from objectcompose.evaluation.processes import groups_of_process
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
+from objectcompose.processes import groups_of_process
 from tests.pipelines.helpers import compose_pipeline
 
 

@@ -21,8 +21,8 @@ from objectcompose.evaluation.attention_iou import (
     map_scores,
 )
 from objectcompose.evaluation.map_iou import measure_maps
-from objectcompose.evaluation.processes import process_state
 from objectcompose.evaluation.prompt_lists import stable_number
+from objectcompose.processes import process_state
 from objectcompose.training.grounded_captions import CaptionSample, write_records
 from tests.grounding import helpers
 from tests.pipelines.helpers import compose_pipeline
