@@ -100,7 +100,7 @@ CPU_ARMS = (FULL, SWITCH, TEXT, "no_mask", "coords", RIVAL)
 NUMBERS, JITTERS = (2, 5, 10, 20), (5, 10, 20)
 SIZES = {
     "smoke": Size((FULL, SWITCH, TEXT, RIVAL), True, 64, 8, 8, 0, 6, 1, (10,), (10,), 3, 20),
-    "cpu": Size(CPU_ARMS, False, 4000, 8000, 8, 0, 96, 2, NUMBERS, JITTERS, 24, 32),
+    "cpu": Size(CPU_ARMS, False, 4000, 6000, 8, 0, 96, 2, NUMBERS, JITTERS, 24, 32),
     "gpu": Size(ALL_ARMS, False, 16_000, 3000, 32, 200, 96, 8, NUMBERS, JITTERS, 96, 32),
 }
 DEV_LAYOUTS = 24
