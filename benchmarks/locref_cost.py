@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import flops, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
+from benchmarks.measure import flops, measuring_encoder, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
 from objectcompose.adapters.locref_adapter import LocRefAdapter
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline
@@ -44,22 +43,6 @@ PROTOCOL = (
     f" {', '.join(map(str, COUNTED[1:]))} objects (FLOPs). Memory: peak of one guided step above what was loaded,"
     f" {MEMORY_OBJECTS} objects, full width (320, text 768), each in a fresh process, over the plain pipeline's."
 )
-
-
-def measuring_encoder(hidden: int = 96, layers: int = 5, image_size: int = 224) -> CLIPVisionModelWithProjection:
-    """A vision model with ViT-H's patches, seeded."""
-    config = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        image_size=image_size,
-        patch_size=14,
-        projection_dim=64,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return CLIPVisionModelWithProjection(config).eval()
 
 
 def row_of_objects(count: int) -> list[SceneObject]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
 MAX_RELATIVE_IQR = 0.05
@@ -225,6 +226,24 @@ def measuring_unet(kind: str = "sd1", width: int = 40, cross_attention_dim: int 
     finally:
         torch.set_rng_state(state)
     return unet.eval()
+
+
+def measuring_encoder(
+    hidden: int = 96, layers: int = 5, heads: int = 8, projection_dim: int = 64
+) -> CLIPVisionModelWithProjection:
+    """Image encoder with the patches of CLIP ViT-H (1280, 32, 16 and 1024), random weights, seeded, eval mode."""
+    config = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=224,
+        patch_size=14,
+        projection_dim=projection_dim,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLIPVisionModelWithProjection(config).eval()
 
 
 def measuring_inputs(

@@ -20,14 +20,12 @@ from PIL import Image
 from transformers import (
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
 )
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
+from benchmarks.measure import measuring_encoder, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
 from benchmarks.tokencompose_cost import measuring_scheduler
 from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter
 from objectcompose.layout import SceneObject
@@ -133,21 +131,12 @@ class QuarterSegmenter:
 def small_models(device: str) -> dict[str, Any]:
     """Models beside UNet and VAE, an eighth of the real ones' channels."""
     torch.manual_seed(0)
-    clip = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        patch_size=14,
-        image_size=224,
-        projection_dim=128,
-    )
     dino = Dinov2Config(
         hidden_size=96, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, image_size=224, patch_size=14
     )
     blocks = (8, 8, 8, 8)
     models = {
-        "image_encoder": CLIPVisionModelWithProjection(clip),
+        "image_encoder": measuring_encoder(160, 32, 16, 128),
         "dino": Dinov2Model(dino),
         "tiny_vae": AutoencoderTiny(encoder_block_out_channels=blocks, decoder_block_out_channels=blocks),
     }
@@ -254,17 +243,7 @@ def prepare_full_memory(count: int, device: str = "cpu") -> Callable[[], Any]:
     components: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "safety_checker": None}
     components |= {"unet": unet, "scheduler": measuring_scheduler(), "feature_extractor": None}
     if count:
-        torch.manual_seed(0)
-        clip = CLIPVisionConfig(
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_hidden_layers=2,
-            num_attention_heads=16,
-            patch_size=14,
-            image_size=224,
-            projection_dim=1024,
-        )
-        encoder = CLIPVisionModelWithProjection(clip).to(device).eval()
+        encoder = measuring_encoder(1280, 2, 16, 1024).to(device)
         adapter = ObjectPromptAdapter.from_unet(unet, image_encoder=encoder).to(device).eval()
         pipeline: Any = ObjectPromptPipeline(**components, image_encoder=encoder, adapter=adapter)
     else:

@@ -32,6 +32,7 @@ from objectcompose.grounding.detection import check_prompt_holds
 from objectcompose.grounding.grounder import DETECTORS, SEGMENTERS, Grounder, load_grounder
 from objectcompose.grounding.inputs import check_ground_phrases, check_ground_picture
 from objectcompose.grounding.outputs import finished_report, write_grounding
+from objectcompose.processes import process_state
 from objectcompose.toybox.weights import toybox_path
 
 
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     pictures = find_pictures(args.picture, args.out)
     if not pictures:
         raise ImageInputError(f"`picture` must hold files of type {', '.join(PICTURE_SUFFIXES)}, got {args.picture}.")
-    state = PartialState(cpu=args.device == "cpu")
+    state = process_state(args.device)
     grounder = load_models(args, args.device or str(state.device), bool(phrases))
     return _ground_pictures(grounder, args, phrases, pictures, state)
 

@@ -45,6 +45,7 @@ from objectcompose.grounding.command import (
 from objectcompose.grounding.detection import Detection
 from objectcompose.grounding.grounder import MASK_DETECTORS, Grounder, usable_device
 from objectcompose.grounding.inputs import check_ground_picture
+from objectcompose.processes import process_state
 from objectcompose.toybox.weights import toybox_path
 from objectcompose.training.caption_choice import DEFAULT_CLIP, ClipChooser, load_clip_chooser
 from objectcompose.training.caption_nouns import (
@@ -294,7 +295,7 @@ def main(args: argparse.Namespace) -> int:
             f"`--segmenter` must be named with --backend {args.backend}, which finds boxes without masks."
         )
     source = read_captioned_folder(args.pictures, args.captions, args.out)
-    state = PartialState(cpu=args.device == "cpu")
+    state = process_state(args.device)
     tools = load_caption_tools(args, source, args.device or str(state.device))
     folder = OutcomeFolder(args.out)
     try:

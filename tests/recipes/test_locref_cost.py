@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.locref_cost import COUNTED, ENCODER_SHARE, TIMED, measuring_encoder, metrics_of_rows, row_of_objects
-from benchmarks.measure import flops, measuring_inputs, measuring_unet
+from benchmarks.locref_cost import COUNTED, ENCODER_SHARE, TIMED, metrics_of_rows, row_of_objects
+from benchmarks.measure import flops, measuring_encoder, measuring_inputs, measuring_unet
 from objectcompose.pipelines.reference_layout import reference_regions
 
 
