@@ -17,7 +17,15 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import flops, measuring_inputs, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
+from benchmarks.measure import (
+    flops,
+    measuring_inputs,
+    measuring_unet,
+    paired_ratio,
+    peak_memory,
+    ratio_metrics,
+    ratio_of_pairs,
+)
 from objectcompose.attention_processors.branch import Branch
 from objectcompose.attention_processors.early_exit import run_until
 from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
@@ -146,7 +154,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
     for case, name in (("probe", "probe_time_ratio"), ("branch_n4", "branch_time_ratio.n4")):
         pairs = [row for row in rows if row["case"] == case]
         found = ratio_of_pairs([row["seconds_a"] for row in pairs], [row["seconds_b"] for row in pairs])
-        metrics |= {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
+        metrics |= ratio_metrics(name, found)
     count = {row["side"]: row["flops"] for row in rows if row["case"] == "flops"}
     metrics["early_exit_flops_share"] = count["early_exit"] / count["plain"]
     metrics["probe_flops_ratio"] = count["probe"] / count["plain"]

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.attention_core import TOKEN_LAYERS, Quadrants, branch_parts
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import measuring_inputs, measuring_unet, paired_ratio, ratio_of_pairs
+from benchmarks.measure import measuring_inputs, measuring_unet, paired_ratio, ratio_metrics, ratio_of_pairs
 from objectcompose.attention_processors.compiled import prepare_parts
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
@@ -112,7 +112,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
             pairs = [row for row in rows if row["case"] == case and row["side"] == name]
             found = ratio_of_pairs([row["seconds_a"] for row in pairs], [row["seconds_b"] for row in pairs])
             key = f"{case}.{name}"
-            metrics |= {key: found.ratio, f"{key}.iqr": found.iqr, f"{key}.valid": found.valid}
+            metrics |= ratio_metrics(key, found)
     return metrics
 
 

@@ -20,7 +20,15 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import flops, measuring_encoder, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
+from benchmarks.measure import (
+    flops,
+    measuring_encoder,
+    measuring_inputs,
+    measuring_unet,
+    peak_memory,
+    ratio_metrics,
+    ratio_of_pairs,
+)
 from objectcompose.adapters.locref_adapter import LocRefAdapter
 from objectcompose.layout import SceneObject
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline
@@ -157,7 +165,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
     metrics: dict[str, float | bool] = {}
     for count in TIMED[1:]:
         found, name = ratio_of_pairs(seconds[count], seconds[0]), f"time_ratio.n{count}"
-        metrics |= {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
+        metrics |= ratio_metrics(name, found)
     counted = {row["objects"]: row["flops"] for row in rows if row["case"] == "flops"}
     metrics |= {f"flops_ratio.n{count}": counted[count] / counted[0] for count in COUNTED[1:]}
     for kind, counts in (("time", TIMED[1:]), ("flops", COUNTED[1:])):

@@ -93,6 +93,11 @@ def ratio_of_pairs(seconds_a: Sequence[float], seconds_b: Sequence[float]) -> Pa
     return PairedRatio(ratio, iqr, iqr <= MAX_RELATIVE_IQR * ratio, tuple(seconds_a), tuple(seconds_b))
 
 
+def ratio_metrics(name: str, found: PairedRatio) -> dict[str, float | bool]:
+    """What a result file says of a ratio: the median, `.iqr`, and whether it is `.valid`."""
+    return {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
+
+
 def _seconds_of(run: Callable[[], Any]) -> float:
     _synchronize()
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import flops, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
+from benchmarks.measure import flops, measuring_unet, paired_ratio, peak_memory, ratio_metrics, ratio_of_pairs
 from benchmarks.naive_box_control import NaiveBoxControl, naive_sampling
 from objectcompose.attention_processors.box_layers import control_layers
 from objectcompose.layout import SceneObject
@@ -249,7 +249,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
         }
         for side, seconds in whole.items():
             found, name = ratio_of_pairs(seconds, plain), f"time_ratio.{side}"
-            metrics |= {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
+            metrics |= ratio_metrics(name, found)
     if memory := cases.get("memory", []):
         peaks = {
             side: statistics.median(_counted_bytes(row) for row in memory if row["side"] == side) for side in SIDES

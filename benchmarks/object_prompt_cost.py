@@ -25,7 +25,14 @@ from transformers import (
 )
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import measuring_encoder, measuring_inputs, measuring_unet, peak_memory, ratio_of_pairs
+from benchmarks.measure import (
+    measuring_encoder,
+    measuring_inputs,
+    measuring_unet,
+    peak_memory,
+    ratio_metrics,
+    ratio_of_pairs,
+)
 from benchmarks.tokencompose_cost import measuring_scheduler
 from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter
 from objectcompose.layout import SceneObject
@@ -338,7 +345,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
     for case in CASES:
         found = ratio_of_pairs([_whole_call(case, row) for row in times], plain)
         name = f"time_ratio.{case}_n{OBJECTS}"
-        metrics |= {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
+        metrics |= ratio_metrics(name, found)
     for part in ("segmentation", "match", "prepare", "update"):
         apart = [row[part] / whole for row, whole in zip(times, plain, strict=True)]
         metrics[f"time_ratio.{part}_n{OBJECTS}"] = statistics.median(apart)

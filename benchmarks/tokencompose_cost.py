@@ -16,7 +16,15 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.cost_file import cost_parser, parse_cost, write_cost
-from benchmarks.measure import flops, measuring_inputs, measuring_unet, paired_ratio, peak_memory, ratio_of_pairs
+from benchmarks.measure import (
+    flops,
+    measuring_inputs,
+    measuring_unet,
+    paired_ratio,
+    peak_memory,
+    ratio_metrics,
+    ratio_of_pairs,
+)
 from objectcompose.attention_processors.early_exit import run_until
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.attention_processors.losses import enhance_loss, mean_object_maps, separate_loss
@@ -201,7 +209,7 @@ def metrics_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float | bool]:
         pairs = [row for row in rows if row["case"] == case]
         found = ratio_of_pairs([row["seconds_a"] for row in pairs], [row["seconds_b"] for row in pairs])
         name = f"{case}_time_ratio"
-        metrics |= {name: found.ratio, f"{name}.iqr": found.iqr, f"{name}.valid": found.valid}
+        metrics |= ratio_metrics(name, found)
     grounded, plain = (
         statistics.median(
             row["extra_bytes"] for row in rows if row["case"] == "memory" and row["is_grounded"] == is_grounded

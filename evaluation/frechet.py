@@ -200,11 +200,33 @@ def frechet_metrics(name: str, painted: np.ndarray, real: np.ndarray) -> dict[st
         painted: (N, D).
         real: (M, D).
     """
+    return jackknife_metrics(name, *jackknifed_distance(painted, real))
+
+
+def jackknifed_distance(painted: np.ndarray, real: np.ndarray) -> tuple[float, list[float]]:
+    """The distance, and the distances without each block of pictures: none where a set has too few for that.
+
+    Args:
+        painted: (N, D).
+        real: (M, D).
+    """
     value = frechet_distance(*gaussian_of(painted), *gaussian_of(real))
     if min(len(painted), len(real)) < 2 * JACKKNIFE_BLOCKS:
+        return value, []
+    return value, [_without_block(block, painted, real) for block in range(JACKKNIFE_BLOCKS)]
+
+
+def jackknife_metrics(name: str, value: float, left_out: Sequence[float]) -> dict[str, float]:
+    """A figure above 0 with its bounds, where it was taken without each block, too.
+
+    Args:
+        name: of the metric.
+        value: of all pictures.
+        left_out: without each block; empty: no bounds.
+    """
+    if not left_out:
         return {name: value}
-    left_out = [_without_block(block, painted, real) for block in range(JACKKNIFE_BLOCKS)]
-    spread = (JACKKNIFE_BLOCKS - 1) * float(np.var(left_out))  # (g - 1) / g times the sum of squares
+    spread = (len(left_out) - 1) * float(np.var(left_out))  # (g - 1) / g times the sum of squares
     reach = _NORMAL_95 * spread**0.5
     return {name: value, f"{name}.lo": max(value - reach, 0.0), f"{name}.hi": value + reach}
 

@@ -41,6 +41,7 @@ def write_result(
     timing_fields: Sequence[str] = (),
     device: str | None = None,
     folder: str | Path = RESULTS_FOLDER,
+    checkout: tuple[str, bool] | None = None,
 ) -> Path:
     """Write one result file and its raw rows, atomically, raw rows first.
 
@@ -58,6 +59,7 @@ def write_result(
         timing_fields: fields of a row that differ from run to run and are not compared.
         device: what it ran on; found out by default.
         folder: where the two files go.
+        checkout: of `measured_checkout`, when a long run began; None: as it is now.
 
     Returns:
         Path of the JSON file.
@@ -78,7 +80,7 @@ def write_result(
         named_function(regenerate)
     folder = Path(folder)
     raw = _gzip_rows(rows)
-    commit, is_dirty = checkout_state(":(top)", f":(top,exclude){RESULTS_FOLDER.as_posix()}")
+    commit, is_dirty = checkout or measured_checkout()
     result: dict[str, Any] = {
         "name": name,
         "command": command,
@@ -103,6 +105,11 @@ def write_result(
     path = folder / f"{name}.json"
     write_atomically(path, (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return path
+
+
+def measured_checkout() -> tuple[str, bool]:
+    """The commit that is checked out, and whether other files than results differ from it."""
+    return checkout_state(":(top)", f":(top,exclude){RESULTS_FOLDER.as_posix()}")
 
 
 def load_result(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

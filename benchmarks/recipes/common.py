@@ -17,6 +17,7 @@ import torch
 
 from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.evaluation.models import load_unet
+from objectcompose.evaluation.results import RESULTS_FOLDER, measured_checkout, write_result
 from objectcompose.evaluation.statistics import interval_metrics, paired_difference
 from objectcompose.files import write_atomically
 from objectcompose.pipelines.generate import load_checkpoint
@@ -64,9 +65,64 @@ def parse_recipe(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]
     args = parser.parse_args(argv)
     if args.record and args.arms:
         raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
+    args.recipe, args.checkout = name, measured_checkout()
     args.out = args.out or Path("outputs") / "reproduce" / f"{name}-{args.preset}"
     args.out.mkdir(parents=True, exist_ok=True)
     return args
+
+
+def record_outcome(
+    args: argparse.Namespace,
+    metrics: Mapping[str, float | bool],
+    rows: Sequence[Row],
+    protocol: str,
+    sheet: Path,
+    **more: Any,
+) -> None:
+    """Write the recipe's result file, and its contact sheet beside it.
+
+    Args:
+        args: of `parse_recipe`.
+        metrics, rows, protocol: see `write_result`.
+        sheet: PNG of the run.
+        more: further arguments of `write_result`.
+    """
+    name = f"{args.recipe.replace('-', '_')}_toybox"
+    write_result(
+        name,
+        metrics,
+        rows,
+        command=f"make reproduce-{args.recipe} PRESET={args.preset} ARGS=--record",
+        protocol=protocol,
+        recompute=f"benchmarks.recipes.{args.recipe.replace('-', '_')}_metrics:metrics_of_rows",
+        checkout=args.checkout,
+        **more,
+    )
+    write_atomically(RESULTS_FOLDER / f"{name}_sheet.png", sheet.read_bytes())
+
+
+def left_out(arms: Sequence[str], known: Sequence[str]) -> str:
+    """What a protocol says of arms that a preset has no time for."""
+    missing = [name for name in known if name not in arms]
+    return f" Left out for time in this preset: {', '.join(missing)}." if missing else ""
+
+
+def choices(out: Path, arms: Sequence[str]) -> str:
+    """What a protocol says of trials: the score of each candidate on the dev split, the chosen one first."""
+    lines = []
+    for name in arms:
+        if (path := out / name / "choice.json").is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            ordered = sorted(record["trials"], key=lambda trial: -trial["score"])
+            found = "; ".join(f"{_listed(trial['options'])}: {trial['score']:.3f}" for trial in ordered)
+            lines.append(f" Trials of {name}, {record['steps']} steps each, the chosen one first: {found}.")
+    return "".join(lines)
+
+
+def _listed(options: Options) -> str:
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items()
+    )
 
 
 def check_arms(names: Sequence[str], known: Sequence[str]) -> None:
@@ -105,12 +161,20 @@ def train_once(arm: Arm, options: Options, steps: int, out: Path) -> Path:
 
     Returns:
         Folder of the weights.
+
+    Raises:
+        SystemExit: the folder holds weights of other options.
     """
-    weights = out / "weights"
+    weights, plan = out / "weights", out / "plan.json"
+    given = {**arm.options, **options, "max_train_steps": steps}
+    planned = json.dumps(given, indent=2) + "\n"
+    if plan.is_file() and plan.read_text(encoding="utf-8") != planned:
+        raise SystemExit(f"{out} belongs to a run with other options or steps: name another `--out`, or remove it.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(plan, planned.encode())
     if not weights.is_dir():
         print(f"== {arm.name}: {steps} steps, {dict(options)}")
-        given = {**arm.options, **options, "max_train_steps": steps, "output_dir": str(out)}
-        code = arm.train(command_line(given))
+        code = arm.train(command_line({**given, "output_dir": str(out)}))
         assert code == 0 and weights.is_dir(), f"training {arm.name} failed"
     return weights
 

@@ -28,10 +28,13 @@ from benchmarks.recipes.common import (
     Row,
     best_device,
     check_arms,
+    choices,
     choose_candidate,
     command_line,
+    left_out,
     parse_recipe,
     recipe_parser,
+    record_outcome,
     train_once,
 )
 from benchmarks.recipes.locref_metrics import TEST, metrics_of_rows, slim_rows, unique_rows
@@ -39,7 +42,6 @@ from benchmarks.recipes.locref_rival import IP_ADAPTER_OPTIONS, write_ip_adapter
 from objectcompose.__main__ import main as objectcompose_main
 from objectcompose.evaluation.layout_metrics import layout_metrics
 from objectcompose.evaluation.report import ROWS_FILE, write_report
-from objectcompose.evaluation.results import write_result
 from objectcompose.evaluation.toybox_layouts import LEFT, RIGHT, toybox_layouts
 from objectcompose.examples.gallery import GalleryRow, on_white, save_gallery
 from objectcompose.pipelines.generate import load_checkpoint
@@ -120,7 +122,8 @@ PROTOCOL = (
     " trained on the same references in the same regions with the same loss. Pictures:"
     f" {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms; references in other poses than the true"
     " scenes. ap50, ap: the judge's detections against the boxes; identity, clip_i, dino: cosine of the crop at the"
-    " box with its reference, by the judge (which took no part), by toybox's image encoder and its dino; seen, unseen:"
+    " box with its reference, by the judge (which took no part), by toybox's image encoder, which reads the references"
+    " for the adapters, too, and its dino; seen, unseen:"
     " identities; leakage: the judge's cosine of a box with the references of others; leakage_outside: of a reference"
     " with the picture whose own box is greyed out; ceiling: true scenes; floor: the same with other identities, for"
     " ap50 and ap true scenes held against other layouts' boxes; _n<k>: layouts of k"
@@ -261,20 +264,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Recipe(args.preset, out, args.arms)
     rows = unique_rows([row for name in recipe.arm_names for row in recipe.measure(name)])
     metrics = metrics_of_rows(rows)
-    write_report(out, "reproduce-locref", metrics, PROTOCOL, rows, {"size": repr(recipe.size)})
-    print(f"sheet: {save_sheet(recipe)}")
+    protocol = f"{PROTOCOL}{left_out(recipe.arm_names, ALL_ARMS)}{choices(out, recipe.arm_names)} {recipe.size}"
+    write_report(out, "reproduce-locref", metrics, protocol, rows, {"size": repr(recipe.size)})
+    print(f"sheet: {(sheet := save_sheet(recipe))}")
     if args.record:
-        full = recipe.weights(FULL)
-        assert full is not None
-        write_result(
-            "locref_toybox",
+        trained = {name: path for name in recipe.arm_names if (path := recipe.weights(name)) is not None}
+        record_outcome(
+            args,
             metrics,
             rows,
-            command=f"make reproduce-locref PRESET={args.preset}",
+            protocol,
+            sheet,
             seeds=list(range(recipe.size.rounds)),
-            protocol=f"{PROTOCOL} {recipe.size}",
-            recompute="benchmarks.recipes.locref_metrics:metrics_of_rows",
-            weights={"base": toybox_path("base"), FULL: full},
+            weights={"base": toybox_path("base"), **trained},
         )
     return 0
 

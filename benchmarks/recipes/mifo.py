@@ -5,9 +5,10 @@
     make reproduce-mifo PRESET=gpu          # several scenes at once, `ARGS="--jobs 8"`
 
 Eight scenes of two recolourings of one drawing and four of two categories, all in colours that no training shows.
-Every learning arm starts from the same placeholders and sees the same draws; what it learned is painted by the same
-prompts from the same noise under full box control. The synthesis arms paint what `reward_penalty_stage2` learned.
-Outcomes go to `<out>/report.json` and `sheet.png`, with `--record` also to `benchmarks/results/mifo_toybox.json`.
+Every learning arm starts from the same placeholders and, all but "separate", sees the same draws; what it learned is
+painted by the same prompts from the same noise under full box control. The synthesis arms paint what
+`reward_penalty_stage2` learned. Outcomes go to `<out>/report.json` and `sheet.png`, with `--record` also to
+`benchmarks/results/mifo_toybox.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.recipes.common import GUIDANCE, STEPS, Row, best_device, parse_recipe, recipe_parser
+from benchmarks.recipes.common import GUIDANCE, STEPS, Row, best_device, parse_recipe, recipe_parser, record_outcome
 from benchmarks.recipes.mifo_metrics import LEARNING, SYNTHESIS, metrics_of_rows
 from benchmarks.recipes.mifo_parts import (
     CONTROLS,
@@ -36,7 +37,6 @@ from benchmarks.recipes.mifo_parts import (
     run_part,
 )
 from objectcompose.evaluation.report import write_report
-from objectcompose.evaluation.results import write_result
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.toybox.weights import toybox_path
 
@@ -149,18 +149,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Recipe(args.preset, out, args.arms, args.jobs)
     rows = recipe.rows()
     metrics = metrics_of_rows(rows)
-    write_report(out, "reproduce-mifo", metrics, PROTOCOL, rows, {"size": repr(recipe.size)})
-    print(f"sheet: {save_sheet(recipe, rows)}")
+    protocol = f"{PROTOCOL} {recipe.size}"
+    write_report(out, "reproduce-mifo", metrics, protocol, rows, {"size": repr(recipe.size)})
+    print(f"sheet: {(sheet := save_sheet(recipe, rows))}")
     if args.record:
-        write_result(
-            "mifo_toybox",
+        learned = {
+            f"{scene.name}/{arm}": out / scene.name / arm
+            for scene in chosen_scenes(recipe.size)
+            for arm in recipe.arms
+        }
+        record_outcome(
+            args,
             metrics,
             rows,
-            command=f"make reproduce-mifo PRESET={args.preset}",
+            protocol,
+            sheet,
             seeds=list(range(recipe.size.rounds)),
-            protocol=f"{PROTOCOL} {recipe.size}",
-            recompute="benchmarks.recipes.mifo_metrics:metrics_of_rows",
-            weights={"base": toybox_path("base")},
+            weights={"base": toybox_path("base"), **learned},
         )
     return 0
 

@@ -42,7 +42,7 @@ ATTENTION_LOSSES: dict[str, Options] = {
     "reward_penalty": {"attention_loss": "both"},
     "separate": {"attention_loss": "both", "sampling": "separate"},
 }
-LEARNING_ARMS = tuple(f"{name}{stage}" for name in ATTENTION_LOSSES for stage in ("", STAGE2))
+LEARNING_ARMS = (*(f"{name}{stage}" for name in list(ATTENTION_LOSSES)[:-1] for stage in ("", STAGE2)), "separate")
 #: What the synthesis arms call the pipeline with; "full" is what the learning arms are painted with, too.
 CONTROLS: dict[str, Row] = {
     "no_control": {"use_box_control": False},
@@ -152,8 +152,11 @@ def learn(part: Part, scene: ToyboxInstances) -> None:
     second_steps = 0
     if part.arm.endswith(STAGE2):
         second_steps = size.stage2_steps
-        if not (part.folder / "stage1").is_dir():
-            shutil.copytree(part.out / part.scene / name / "stage1", part.folder / "stage1")
+        first, half = part.folder / "stage1", part.folder / ".stage1"
+        if not first.is_dir():
+            shutil.rmtree(half, ignore_errors=True)  # of a copy that was broken off
+            shutil.copytree(part.out / part.scene / name / "stage1", half)
+            half.rename(first)
     options: Row = {
         **TOYBOX_LEARNING,
         **ATTENTION_LOSSES[name],

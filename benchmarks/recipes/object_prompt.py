@@ -6,11 +6,12 @@
 
 Four adapters, whose keys and values come from the narrow stream ("coarse"), the wide one ("fine"), narrow keys and
 wide values ("mixed", the paper's) or the other way round ("swapped"), see the same scenes for the same number of steps
-and are tuned on the dev sets by the same number of trials. On "mixed" (smoke: the committed adapter) guidance is
-compared with none, with masks alone, with its fast mode and with text alone, for two to six objects, look-alikes and
-occluded references. All arms paint from the same noise. Outcomes go to `<out>/report.json`, `scatter.png` and
-`sheet.png`, with `--record` also to `benchmarks/results/object_prompt_toybox.json`. Of the CPU preset's time, at 3
-steps and 2 unguided pictures a second, training takes 1.7 hours and painting and looking 1.2.
+at the same learning rate (gpu: are tuned on the dev sets by the same number of trials). On "mixed" (smoke: the
+committed adapter) guidance is compared with none, with masks alone, with its fast mode and with text alone, for two to
+six objects, look-alikes and occluded references. All arms paint from the same noise. Outcomes go to
+`<out>/report.json`, `scatter.png` and `sheet.png`, with `--record` also to
+`benchmarks/results/object_prompt_toybox.json`. Of the CPU preset's time, at 3 steps and 2 unguided pictures a second,
+training takes 1.2 hours and painting and looking 1.2.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from benchmarks.recipes.common import (
     Row,
     best_device,
     check_arms,
+    choices,
     choose_candidate,
     parse_recipe,
     recipe_parser,
+    record_outcome,
     train_once,
 )
 from benchmarks.recipes.object_prompt_metrics import GUIDANCE_ARMS, STREAM_ARMS, metrics_of_rows
@@ -44,7 +47,6 @@ from benchmarks.recipes.object_prompt_sheet import save_scatter, save_sheet
 from objectcompose.evaluation import composition
 from objectcompose.evaluation.composition_metrics import OVERLAP_SHARE, composition_metrics
 from objectcompose.evaluation.report import ROWS_FILE, write_report
-from objectcompose.evaluation.results import write_result
 from objectcompose.evaluation.toybox_object_sets import SET_COUNTS, SET_KINDS, toybox_object_sets
 from objectcompose.pipelines.token_refinement import REFINEMENT_STEPS
 from objectcompose.toybox.weights import active_preset, toybox_path
@@ -98,10 +100,11 @@ SIZES = {
     "smoke": Size(
         64, 12, 8, 0, Sets((2,), ("seen", "unseen"), 1, 2), Sets((2, 3), ("seen", "unseen"), 3, 2), True, False
     ),
-    "cpu": Size(6000, 3000, 8, 100, Sets((2, 3), _DISTINCT, 4, 8), Sets(SET_COUNTS, SET_KINDS, 3, 3)),
+    "cpu": Size(6000, 3000, 8, 0, Sets((2, 3), _DISTINCT, 4, 8), Sets(SET_COUNTS, SET_KINDS, 3, 3)),
     "gpu": Size(16_000, 2000, 32, 150, Sets((2, 3), _DISTINCT, 8, 8), Sets(SET_COUNTS, SET_KINDS, 8, 8)),
 }
 DEV_SETS = Sets((2, 3), ("seen", "unseen"), 2, 2)
+#: The first one where there are no trials: short ones tell little of values that start at zero.
 LEARNING_RATES = (1e-3, 5e-4, 2e-3)
 #: Arm of guidance -> the command's name for it, and the strength of the objects.
 GUIDANCE_OF_ARM = {
@@ -112,11 +115,14 @@ TIMED_OBJECTS = 4
 PROTOCOL = (
     "Toybox. Adapters of four kinds (streams of keys and values: coarse: layout tokens for both; fine: appearance"
     " tokens for both; mixed: layout for keys, appearance for values; swapped: the reverse): the same scenes, steps"
-    " and batches, values from zero, cosine schedule, each tuned on the dev sets by the same number of trials"
-    " (learning rates 1e-3, 5e-4, 2e-3). Guidance on mixed: text: object pictures at strength 0; unguided; masks:"
+    " and batches, values from zero, cosine schedule, each tuned on the dev sets by the judge's identity and the same"
+    f" number of trials (learning rates), without trials (trial_steps=0) the rate {LEARNING_RATES[0]:g}. Guidance on"
+    " mixed: text: object pictures at strength 0; unguided; masks:"
     f" objects are confined to their segments; guided: with {REFINEMENT_STEPS} updates of the appearance tokens,"
     f" too; guided_fast: with a first run of half the steps; segments by toybox's CLIPSeg. Pictures: {STEPS} DDIM"
-    f" steps, guidance scale {GUIDANCE:g}, the same noise for all arms. identity: cosine of the judge's embeddings"
+    f" steps, guidance scale {GUIDANCE:g}, the same noise for all arms. Segments are found by CLIPSeg and paired with"
+    " prompts by DINO, which guidance uses, too; clipcomp's image encoder reads the prompts. The judge took no part."
+    " identity: cosine of the judge's embeddings"
     " of prompt and segment less the mean cosine with other identities of the category, 0 less the floor for"
     " prompts without a segment; dinocomp, clipcomp: cosines of DINO and CLIP, 0 without a segment; diversity:"
     " spread of centre, size, rotation and flip of an object over a set's pictures in units of the world's own"
@@ -263,17 +269,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += [row for name in guided if name != "text" for row in recipe.time_rows(name, pipeline)]
         print(f"sheet: {save_sheet(recipe, pipeline, rows)}")
     metrics = metrics_of_rows(rows)
-    write_report(out, "reproduce-object-prompt", metrics, PROTOCOL, rows, {"size": repr(recipe.size)})
+    protocol = f"{PROTOCOL}{choices(out, recipe.arm_names)} {recipe.size}"
+    write_report(out, "reproduce-object-prompt", metrics, protocol, rows, {"size": repr(recipe.size)})
     print(f"scatter: {save_scatter(metrics, out / 'scatter.png')}")
     if args.record:
-        write_result(
-            "object_prompt_toybox",
+        record_outcome(
+            args,
             metrics,
             rows,
-            command=f"make reproduce-object-prompt PRESET={args.preset}",
+            protocol,
+            out / "sheet.png",
             seeds=list(range(max(recipe.size.streams.rounds, recipe.size.guidance.rounds))),
-            protocol=f"{PROTOCOL} {recipe.size}",
-            recompute="benchmarks.recipes.object_prompt_metrics:metrics_of_rows",
             weights={"base": toybox_path("base"), **{name: recipe.weights(name) for name in STREAM_ARMS}},
             timing_fields=("seconds_a", "seconds_b", "seconds_segment"),
         )

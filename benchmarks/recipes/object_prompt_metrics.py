@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.measure import ratio_of_pairs
+from benchmarks.measure import ratio_metrics, ratio_of_pairs
 from benchmarks.recipes.common import Row, paired_metrics
 from objectcompose.evaluation.composition_metrics import OVERLAP_SHARE, WORLD_SPREADS, spread_rows, with_gain
 from objectcompose.evaluation.report import share_metrics
@@ -173,8 +173,7 @@ def _seconds_metrics(arm: str, rows: list[Row]) -> dict[str, float | bool]:
     """Time of an arm beside plain sampling; segmentation is the user's choice and stands apart."""
     plain = [row["seconds_b"] for row in rows]
     found = ratio_of_pairs([row["seconds_a"] - row["seconds_segment"] for row in rows], plain)
-    metrics: dict[str, float | bool] = {f"seconds_ratio.{arm}": found.ratio, f"seconds_ratio.{arm}.iqr": found.iqr}
-    metrics[f"seconds_ratio.{arm}.valid"] = found.valid
+    metrics = ratio_metrics(f"seconds_ratio.{arm}", found)
     if any(row["seconds_segment"] for row in rows):
         apart = ratio_of_pairs([row["seconds_segment"] for row in rows], plain)
         metrics[f"seconds_ratio.{arm}_segmentation"] = apart.ratio

@@ -4,9 +4,10 @@
     make reproduce-tokencompose PRESET=cpu          # hours; run it again to go on
     make reproduce-tokencompose PRESET=gpu
 
-Every trained arm sees the same scenes for the same number of steps and is tuned on the dev prompts by the same number
-of trials. The pictures of all arms start from the same noise. Outcomes go to `<out>/report.json` and `sheet.png`, with
-`--record` also to `benchmarks/results/tokencompose_toybox.json`.
+Every trained arm sees the same scenes for the same number of steps. ldm, tokencompose, sepen and the rival are tuned
+on the dev prompts by the same number of trials; ablations keep what tokencompose chose. The pictures of all arms start
+from the same noise. Outcomes go to `<out>/report.json` and `sheet.png`, with `--record` also to
+`benchmarks/results/tokencompose_toybox.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -30,24 +32,26 @@ from benchmarks.recipes.common import (
     Row,
     best_device,
     check_arms,
+    choices,
     choose_candidate,
+    left_out,
     load_arm,
     parse_recipe,
     recipe_parser,
+    record_outcome,
     train_once,
     trained_share,
 )
 from benchmarks.recipes.tokencompose_metrics import metrics_of_rows
 from objectcompose.evaluation.attention_iou import THRESHOLDS, AttentionMaps, best_threshold
 from objectcompose.evaluation.detectors import JudgePresence, look_at_pictures
-from objectcompose.evaluation.frechet import frechet_metrics
+from objectcompose.evaluation.frechet import jackknifed_distance
 from objectcompose.evaluation.frechet_features import file_source, load_features, scene_source, source_features
 from objectcompose.evaluation.generation import Picture, paint_records
 from objectcompose.evaluation.map_iou import TIMESTEPS, measure_maps
 from objectcompose.evaluation.presence import presence_rows
 from objectcompose.evaluation.prompts import PromptRecord
 from objectcompose.evaluation.report import write_report
-from objectcompose.evaluation.results import write_result
 from objectcompose.evaluation.toybox_prompts import toybox_pairs, toybox_prompts
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.toybox.judge import Judge
@@ -73,6 +77,7 @@ class Size:
         rounds: pictures per prompt.
         map_scenes: whose attention maps are measured.
         real_scenes: that the Frechet distance compares with; 0 leaves it out.
+        rival_rounds: pictures per prompt of Attend-and-Excite, which paints a dozen times slower.
     """
 
     arms: tuple[str, ...]
@@ -85,16 +90,16 @@ class Size:
     rounds: int
     map_scenes: int
     real_scenes: int
+    rival_rounds: int
 
 
-ALL_ARMS = (
-    "base", "ldm", "tokencompose", "token_only", "pixel_only", "mid_only", "one_grid", "all_layers", "sepen",
-    ATTEND_AND_EXCITE,
-)  # fmt: skip
+#: With what the dev split chose for "tokencompose", so that they differ from it in one thing only.
+ABLATIONS = ("token_only", "pixel_only", "mid_only", "one_grid", "all_layers")
+ALL_ARMS = ("base", "ldm", "tokencompose", *ABLATIONS, "largest_weights", "sepen", ATTEND_AND_EXCITE)
 SIZES = {
-    "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 16, 1, 32, 0),
-    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 1200, 8, 300, 24, 48, 3, 100, 300),
-    "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 256, 10, 500, 2000),
+    "smoke": Size(("base", "ldm", "tokencompose", "sepen"), 256, 60, 16, 0, 2, 16, 1, 32, 0, 1),
+    "cpu": Size(tuple(arm for arm in ALL_ARMS if arm != "all_layers"), 8000, 1200, 8, 300, 24, 42, 3, 100, 300, 1),
+    "gpu": Size(ALL_ARMS, 32_000, 4000, 32, 400, 32, 256, 10, 500, 2000, 10),
 }
 DEV_PROMPTS, DEV_ROUNDS, DEV_SCENES = 12, 2, 32
 #: Of toybox, at most. Stable Diffusion's defaults, 1e-3 and 5e-5, are for 24,000 steps.
@@ -105,11 +110,13 @@ LEARNING_RATES = (1e-4, 5e-5, 2e-4)
 KEY_LEARNING_RATES = (4e-3, 1e-3, 2e-3)  # of sepen, whose gradients are small and end in a hundredth of the weights
 PROTOCOL = (
     "Toybox. Trained arms: the same scenes, steps and batches, the whole UNet, of which a delta of rank 16 is left"
-    " (sepen: attn2.to_k, no pictures). Each tuned on the dev prompts by the same number of trials: of rates (ldm,"
-    f" sepen), of the losses' weights at the rate {LEARNING_RATES[0]:g} (the others), of settings (attend_and_excite)."
-    " ldm: the denoising loss alone; tokencompose: with token and pixel losses in middle and decoder; token_only,"
-    " pixel_only: with one of them; mid_only, one_grid (the decoder's coarsest), all_layers (encoder too): with both"
-    " elsewhere; attend_and_excite: diffusers' pipeline on the base."
+    " (sepen: attn2.to_k, no pictures, prompts of two of all categories). Tuned on the dev prompts by the judge and"
+    f" the same number of trials: rates (ldm, sepen), the losses' weights at the rate {LEARNING_RATES[0]:g}"
+    " (tokencompose), settings (attend_and_excite). ldm: the denoising loss alone; tokencompose: with token and pixel"
+    " losses in middle and decoder; with its choice token_only, pixel_only: with one of them; mid_only, one_grid (the"
+    " decoder's coarsest), all_layers (encoder too): with both elsewhere; largest_weights: tokencompose with the first"
+    " candidate's weights, twenty times the paper's; attend_and_excite: diffusers' pipeline on the base, whose maps"
+    " and fd_judge are not measured: maps of noised scenes are the base's, and it needs prompts with named objects."
     f" Pictures: {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms. mg<k>: share of the test"
     " prompts with at least k objects that show k of them, object_accuracy: share of pairs with both, single_object:"
     " share of single ones, by the judge, in per cent; map_iou: maps of held-out scenes at t = 200, 400, 600,"
@@ -137,6 +144,7 @@ def build_arms(size: Size) -> dict[str, Arm]:
         "mid_only": {**token, **pixel, "layers": r"^mid_block\..*attn2$"},
         "one_grid": {**token, **pixel, "layers": r"^up_blocks\.0\..*attn2$"},
         "all_layers": {**token, **pixel, "layers": r"attn2$"},
+        "largest_weights": {**token, **pixel},
     }
 
     def chosen(candidates: Sequence[Options]) -> tuple[Options, ...]:
@@ -145,17 +153,17 @@ def build_arms(size: Size) -> dict[str, Arm]:
     def of_rates(rates: Sequence[float]) -> tuple[Options, ...]:
         return chosen([{"learning_rate": rate} for rate in rates])
 
-    def of_weights(options: Options) -> tuple[Options, ...]:
-        weights = {name: float(options[name]) for name in ("token_weight", "pixel_weight")}
-        scaled = [{name: share * weight for name, weight in weights.items()} for share in WEIGHT_SHARES]
-        return chosen([{"learning_rate": LEARNING_RATES[0], **one} for one in scaled])
-
+    scaled = [{name: share * weight for name, weight in (token | pixel).items()} for share in WEIGHT_SHARES]
+    candidates = {
+        "ldm": of_rates(LEARNING_RATES),
+        "tokencompose": chosen([{"learning_rate": LEARNING_RATES[0], **weights} for weights in scaled]),
+    }
     arms = {
         name: Arm(
             name,
             train_token_compose.main,
-            {**common, "delta_rank": DELTA_RANK, **options},
-            of_rates(LEARNING_RATES) if options == off else of_weights({**off, **options}),
+            {**common, "learning_rate": LEARNING_RATES[0], "delta_rank": DELTA_RANK, **options},
+            candidates.get(name, ({},)),
         )
         for name, options in supervised.items()
     }
@@ -189,7 +197,10 @@ class Recipe:
         if name not in self.arms:
             return None
         arm, folder = self.arms[name], self.out / name
-        chosen = choose_candidate(arm, self.size.trial_steps, folder, self.dev_score)
+        tuned = "tokencompose" if name in ABLATIONS else name
+        chosen = choose_candidate(self.arms[tuned], self.size.trial_steps, self.out / tuned, self.dev_score)
+        if name in ABLATIONS:  # what is off in the ablation stays off
+            chosen = {option: value for option, value in chosen.items() if arm.options.get(option) != 0}
         data = {} if name == "sepen" else {"cache_dir": str(self.out / "cache")}
         return train_once(arm, {**chosen, **data}, self.size.steps, folder)
 
@@ -221,17 +232,18 @@ class Recipe:
             **{"batch_size": 8, **paint},
         )
 
-    def lists(self) -> dict[str, tuple[list[PromptRecord], int]]:
-        """The test lists and their rounds."""
+    def lists(self, name: str) -> dict[str, tuple[list[PromptRecord], int]]:
+        """The test lists and their rounds for an arm."""
         preset = active_preset()
+        rounds = self.size.rival_rounds if name == ATTEND_AND_EXCITE else self.size.rounds
         singles = [
             PromptRecord(f"single-{number:02d}", f"a photo of {list_objects([name])}", (name,))
             for number, name in enumerate(preset.categories)
         ]
         return {
-            "test": (toybox_prompts(preset, "test", self.size.prompts), self.size.rounds),
-            "pairs": (toybox_pairs(preset)[: self.size.pairs], self.size.rounds),
-            "single": (singles, 2 * self.size.rounds),
+            "test": (toybox_prompts(preset, "test", self.size.prompts), rounds),
+            "pairs": (toybox_pairs(preset)[: self.size.pairs], rounds),
+            "single": (singles, 2 * rounds),
         }
 
     def measure(self, name: str) -> list[Row]:
@@ -241,7 +253,7 @@ class Recipe:
         if name == ATTEND_AND_EXCITE:
             pipeline, paint = self.tuned_attend_and_excite(folder)
         rows: list[Row] = []
-        for case, (records, rounds) in self.lists().items():
+        for case, (records, rounds) in self.lists(name).items():
             rows += [
                 {"case": case, "arm": name, **row}
                 for row in self.look(case, folder, pipeline, records, rounds, **paint)
@@ -257,7 +269,8 @@ class Recipe:
         captions = [PromptRecord(f"scene-{number:05d}", text) for number, text in enumerate(self.scenes.captions)]
         painted = file_source([one.path for one in self.paint("scenes", folder, pipeline, captions, 1)])
         found = [source_features(self.features, one, 32, self.state) for one in (painted, self.scenes)]
-        return [{"case": "fd", "arm": name, **frechet_metrics("value", *found)}]
+        value, without_blocks = jackknifed_distance(*found)
+        return [{"case": "fd", "arm": name, "value": value, "left_out": without_blocks}]
 
     def map_rows(self, name: str, folder: Path, pipeline: Any) -> list[Row]:
         """How well an arm's maps cover the objects of held-out scenes, at the threshold that its dev maps choose."""
@@ -279,12 +292,13 @@ class Recipe:
         ]
 
     def tuned_attend_and_excite(self, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """The rival with the settings that the dev prompts choose, by as many trials as the trained arms have."""
+        """The rival with the settings that the dev prompts choose, by as many trials as the tuned arms have."""
         pipeline = load_attend_and_excite(self.device)
         records, scores = toybox_prompts(active_preset(), "dev", DEV_PROMPTS), []
         settings = call_arguments(len(LEARNING_RATES) if self.size.trial_steps else 1)
+        rounds = min(DEV_ROUNDS, self.size.rival_rounds)
         for number, arguments in enumerate(settings):
-            rows = self.look(f"dev-{number}", folder, pipeline, records, DEV_ROUNDS, **arguments)
+            rows = self.look(f"dev-{number}", folder, pipeline, records, rounds, **arguments)
             scores.append(sum(len(row["found"]) for row in rows) / sum(len(row["named"]) for row in rows))
             print(f"== {ATTEND_AND_EXCITE}: {arguments['call_identity']}: {scores[-1]:.3f}")
         return pipeline, settings[scores.index(max(scores))]
@@ -299,10 +313,12 @@ class Recipe:
             extra = paint["call_arguments"]([record])
         elif self.weights(name) is not None:
             pipeline = load_arm(self.weights(name), self.device)
-        settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-        found = paired_ratio(
-            lambda: pipeline([record.text], **settings, **extra), lambda: base(record.text, **settings)
-        )
+
+        def paint(painter: Any, prompt: Any, **more: Any) -> None:  # the rival's work depends on the noise
+            noise = torch.Generator().manual_seed(0)
+            painter(prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, **more)
+
+        found = paired_ratio(lambda: paint(pipeline, [record.text], **extra), lambda: paint(base, record.text))
         return [{"case": "seconds", "arm": name, **row} for row in found.rows()]
 
 
@@ -335,19 +351,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = recipe.weights("sepen")
         assert weights is not None
         stated["trained_share.sepen"] = trained_share(weights)
-    command = f"make reproduce-tokencompose PRESET={args.preset}"
-    write_report(out, "reproduce-tokencompose", {**metrics, **stated}, PROTOCOL, rows, {"size": repr(recipe.size)})
-    print(f"sheet: {save_sheet(recipe, rows)}")
+    protocol = f"{PROTOCOL}{left_out(recipe.arm_names, ALL_ARMS)}{choices(out, recipe.arm_names)} {recipe.size}"
+    write_report(out, "reproduce-tokencompose", {**metrics, **stated}, protocol, rows, {"size": repr(recipe.size)})
+    print(f"sheet: {(sheet := save_sheet(recipe, rows))}")
     if args.record:
-        write_result(
-            "tokencompose_toybox",
+        trained = {name: path for name in recipe.arm_names if (path := recipe.weights(name)) is not None}
+        record_outcome(
+            args,
             {**metrics, **stated},
             rows,
-            command=command,
+            protocol,
+            sheet,
             seeds=list(range(recipe.size.rounds)),
-            protocol=f"{PROTOCOL} {recipe.size}",
-            recompute="benchmarks.recipes.tokencompose_metrics:metrics_of_rows",
-            weights={"base": toybox_path("base")},
+            weights={"base": toybox_path("base"), **trained},
             stated=sorted(stated),
             timing_fields=("seconds_a", "seconds_b"),
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.measure import ratio_of_pairs
+from benchmarks.measure import ratio_metrics, ratio_of_pairs
 from benchmarks.recipes.common import Row, metrics_of_arm, paired_metrics
+from objectcompose.evaluation.frechet import jackknife_metrics
 from objectcompose.evaluation.multigen import multigen_metrics
 from objectcompose.evaluation.report import share_metrics
 from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
@@ -41,18 +42,18 @@ def _arm_metrics(arm: str, cases: dict[str, list[Row]]) -> dict[str, float | boo
     for case, name in (("pairs", "object_accuracy"), ("single", "single_object")):
         if case in cases:
             hits = [_is_complete(row) for row in cases[case]]
-            found |= share_metrics(name, hits, [row["prompt"] for row in cases[case]])
+            # a pair stands in both orders, which are one draw
+            found |= share_metrics(name, hits, [" ".join(sorted(row["named"])) for row in cases[case]])
     if "map" in cases:
         samples = [row["sample"] for row in cases["map"]]
         for field in ("iou", "inside"):
             values = [row[field] for row in cases["map"]]
             found |= interval_metrics(f"map_{field}", bootstrap_mean(values, groups=samples))
     for row in cases.get("fd", []):
-        found |= {key.replace("value", "fd_judge"): row[key] for key in row if key.startswith("value")}
+        found |= jackknife_metrics("fd_judge", row["value"], row["left_out"])
     if "seconds" in cases:
         ratio = ratio_of_pairs(*([row[side] for row in cases["seconds"]] for side in ("seconds_a", "seconds_b")))
-        metrics |= {f"seconds_ratio.{arm}": ratio.ratio, f"seconds_ratio.{arm}.iqr": ratio.iqr}
-        metrics[f"seconds_ratio.{arm}.valid"] = ratio.valid
+        metrics |= ratio_metrics(f"seconds_ratio.{arm}", ratio)
     return {**metrics_of_arm(found, arm), **metrics}
 
 
@@ -77,6 +78,8 @@ def _difference_metrics(name: str, ours: dict[str, list[Row]], theirs: dict[str,
             ("prompt", "round"),
             "prompt",
         )
+    if "fd" in ours and "fd" in theirs:
+        metrics |= _distance_ratio(name, ours["fd"][0], theirs["fd"][0])
     for field in ("iou", "inside"):
         metrics |= paired_metrics(
             f"map_{field}_diff.{name}",
@@ -87,3 +90,9 @@ def _difference_metrics(name: str, ours: dict[str, list[Row]], theirs: dict[str,
             "sample",
         )
     return metrics
+
+
+def _distance_ratio(name: str, ours: Row, theirs: Row) -> dict[str, float]:
+    """Both distances are to the same scenes, by the same captions and noise: blocks are left out of both."""
+    left_out = [a / b for a, b in zip(ours["left_out"], theirs["left_out"], strict=True)]
+    return jackknife_metrics(f"fd_judge_ratio.{name}", ours["value"] / theirs["value"], left_out)
