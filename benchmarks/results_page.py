@@ -68,7 +68,8 @@ How to read it:
   paired interval; its bounds are put together from the two intervals as if the arms were independent (Zou and Donner,
   2008), which is wider than paired ones where both do well on the same prompts.
 - A time whose IQR is above 5 % of the median is *noisy* and decides nothing.
-- Judges took no part in training or guidance. Nothing is corrected for the number of claims.
+- Judges took no part in training or guidance; where settings were tuned, a judge chose them on dev lists.
+  Nothing is corrected for the number of claims.
 - In plots the method, or the difference that a claim is about, is an orange square; a noisy time is hollow.
 """
 

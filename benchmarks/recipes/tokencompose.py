@@ -196,13 +196,15 @@ class Recipe:
         """Trained weights of an arm, None of one that trains nothing."""
         if name not in self.arms:
             return None
-        arm, folder = self.arms[name], self.out / name
+        data = {} if name == "sepen" else {"cache_dir": str(self.out / "cache")}
+        return train_once(self.arms[name], {**self.arm_options(name), **data}, self.size.steps, self.out / name)
+
+    def arm_options(self, name: str) -> Options:
+        """What the dev split chose for a trained arm; ablations take what it chose for "tokencompose"."""
         tuned = "tokencompose" if name in ABLATIONS else name
         chosen = choose_candidate(self.arms[tuned], self.size.trial_steps, self.out / tuned, self.dev_score)
-        if name in ABLATIONS:  # what is off in the ablation stays off
-            chosen = {option: value for option, value in chosen.items() if arm.options.get(option) != 0}
-        data = {} if name == "sepen" else {"cache_dir": str(self.out / "cache")}
-        return train_once(arm, {**chosen, **data}, self.size.steps, folder)
+        own = self.arms[name].options
+        return {option: value for option, value in chosen.items() if own.get(option) != 0}  # what is off stays off
 
     def dev_score(self, weights: Path) -> float:
         """Share of the dev prompts' objects that are found."""

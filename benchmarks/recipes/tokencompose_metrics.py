@@ -16,6 +16,7 @@ from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
 COMPARISONS = {
     "tokencompose_ldm": ("tokencompose", "ldm"),
     "tokencompose_base": ("tokencompose", "base"),
+    "largest_weights_ldm": ("largest_weights", "ldm"),
     "sepen_base": ("sepen", "base"),
 }
 

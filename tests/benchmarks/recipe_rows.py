@@ -27,7 +27,7 @@ def tokencompose_rows(good: Goodness, count: int = 2) -> list[Row]:
         rows.append({"case": "map", "arm": arm, **facts})
     for arm in TOKENCOMPOSE_ARMS:
         distance = 10 * (1 - good(arm, 0))
-        rows.append({"case": "fd", "arm": arm, "value": distance, "value.lo": distance - 1, "value.hi": distance + 1})
+        rows.append({"case": "fd", "arm": arm, "value": distance, "left_out": [distance - 0.1, distance + 0.1]})
     for (arm, ratio), number in product((("tokencompose", 1.0), ("attend_and_excite", 3.2)), range(7)):
         rows.append({"case": "seconds", "arm": arm, "pair": number, "seconds_a": ratio, "seconds_b": 1.0})
     return rows
