@@ -36,7 +36,8 @@ class LayoutCase:
         record: prompt, categories, and `kind` "seen" or "unseen" (empty for layouts from files).
         objects: with `phrase` (the category), `image` and `box`.
         truth: the scene that the boxes are from; None where there is none.
-        rivals: the same scene with other instances of the same categories; None likewise.
+        rivals: the same scene with other instances of the same categories, of toybox ones that training shows; None
+            likewise.
     """
 
     record: PromptRecord

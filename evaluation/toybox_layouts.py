@@ -110,13 +110,17 @@ def _side_case(preset: Preset, side: str, number: int) -> LayoutCase:
 def _case_of_scene(
     preset: Preset, name: str, kind: str, spec: SceneSpec, scene: SceneBatch, rng: np.random.Generator
 ) -> LayoutCase:
-    """References from `rng`, then the rivals."""
+    """References from `rng`, then the rivals.
+
+    They are identities that training shows, of unseen objects, too: what a picture that knows nothing of the reference
+    would show. Unseen hues are few, so that any two of them look alike.
+    """
     views = reference_views(preset, list(spec.identities), rng, background_share=0.0)
     others = []
     for identity in spec.identities:
         other = identity
         while other == identity:
-            other = sample_identity(preset, identity.category, rng, unseen=kind == UNSEEN)
+            other = sample_identity(preset, identity.category, rng)
         others.append(other)
     rivals = render_scenes(preset, [dataclasses.replace(spec, identities=tuple(others))])
     categories = tuple(identity.category for identity in spec.identities)

@@ -125,12 +125,13 @@ PROTOCOL = (
     " box with its reference, by the judge (which took no part), by toybox's image encoder, which reads the references"
     " for the adapters, too, and its dino; seen, unseen:"
     " identities; leakage: the judge's cosine of a box with the references of others; leakage_outside: of a reference"
-    " with the picture whose own box is greyed out; ceiling: true scenes; floor: the same with other identities, for"
+    " with the picture whose own box is greyed out; ceiling: true scenes; floor: the same with other identities that"
+    " training shows, for"
     " ap50 and ap true scenes held against other layouts' boxes; _n<k>: layouts of k"
     " objects, which the judge finds less well the smaller they are (see their ceilings); _jitter<p>: edges of boxes"
     " moved by up to p % of a side, measured by the moved boxes; identity_way: from floor to ceiling, on the test"
-    " layouts of unseen identities; shift: how far the object moves with its box. In per cent. Intervals: 95 %"
-    " bootstrap over layouts."
+    " layouts of unseen identities, identity_way_seen: of seen ones; shift: how far the object moves"
+    " with its box. In per cent. Intervals: 95 % bootstrap over layouts."
 )
 
 

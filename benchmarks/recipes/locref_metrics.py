@@ -88,14 +88,17 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
 
     `ap50`, `ap`, `identity_seen`, `identity_unseen`, `clip_i`, `dino`, `leakage`, `leakage_outside` for each arm on
     the test layouts, "ceiling" and "floor" among them; `identity_way.<arm>`, the way from floor to ceiling of unseen
-    identities; `ap50.<arm>_<case>` and so on for other layouts, of all identities; `shift.<arm>`, see
-    `shift_metrics`; and `ap50_diff.full_<arm>`, `identity_diff...`, `clip_i_diff...`, `leakage_diff...`,
-    `leakage_outside_diff...`, in percentage points. What no row can tell has no figure.
+    identities, and `identity_way_seen.<arm>`; `ap50.<arm>_<case>` and so on for other layouts, of all identities;
+    `shift.<arm>`, see `shift_metrics`; and `ap50_diff.full_<arm>`, `identity_diff...`, `clip_i_diff...`,
+    `leakage_diff...`, `leakage_outside_diff...`, in percentage points. What no row can tell has no figure.
     """
     by_arm: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], {}).setdefault(row["case"], []).append(row)
     metrics: dict[str, float] = {}
+    for other in COMPARED:
+        if all(TEST in by_arm.get(name, {}) for name in ("full", other)):
+            metrics |= _difference_metrics(f"full_{other}", by_arm["full"][TEST], by_arm[other][TEST])
     for arm, cases in by_arm.items():
         for case in [name for name in cases if name not in (LEFT, RIGHT)]:
             name = arm if case == TEST else f"{arm}_{case}"
@@ -103,12 +106,14 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
             if arm == FLOOR:  # all objects are in their boxes there too: the floor of places is another one
                 metrics |= _place_metrics(name, _displaced(by_arm[CEILING][case]))
             if arm not in (CEILING, FLOOR):
-                metrics |= _way(name, cases[case], by_arm[FLOOR][case], by_arm[CEILING][case], case == TEST)
+                sides = cases[case], by_arm[FLOOR][case], by_arm[CEILING][case]
+                if case == TEST:
+                    metrics |= _way(f"identity_way.{name}", *sides, UNSEEN)
+                    metrics |= _way(f"identity_way_seen.{name}", *sides, SEEN)
+                else:
+                    metrics |= _way(f"identity_way.{name}", *sides)
         if LEFT in cases and arm not in (CEILING, FLOOR):
             metrics |= shift_metrics(f"shift.{arm}", cases[LEFT], cases[RIGHT])
-    for other in COMPARED:
-        if all(TEST in by_arm.get(name, {}) for name in ("full", other)):
-            metrics |= _difference_metrics(f"full_{other}", by_arm["full"][TEST], by_arm[other][TEST])
     return metrics
 
 
@@ -130,12 +135,13 @@ def _arm_metrics(arm: str, rows: Sequence[Row], with_identities: bool) -> dict[s
 
 
 def _way(
-    arm: str, rows: Sequence[Row], floor: Sequence[Row], ceiling: Sequence[Row], unseen_only: bool
+    name: str, rows: Sequence[Row], floor: Sequence[Row], ceiling: Sequence[Row], kind: str | None = None
 ) -> dict[str, float]:
-    sides = [[row for row in side if not unseen_only or row["kind"] == UNSEEN] for side in (rows, floor, ceiling)]
+    """Of layouts of one kind of identities, or of all."""
+    sides = [[row for row in side if kind is None or row["kind"] == kind] for side in (rows, floor, ceiling)]
     if not sides[0]:
         return {}
-    return way_metrics(f"identity_way.{arm}", *(cosines_of_rows(side, "identity") for side in sides))
+    return way_metrics(name, *(cosines_of_rows(side, "identity") for side in sides))
 
 
 def _displaced(rows: Sequence[Row]) -> list[Row]:

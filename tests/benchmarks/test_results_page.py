@@ -58,7 +58,8 @@ RECIPES = {
     "object_prompt_toybox": object_prompt_metrics, "mifo_toybox": mifo_metrics,
 }  # fmt: skip
 #: Stated by the recipe beside its rows' figures; and 0 and 100 by definition.
-NOT_OF_ROWS = {"trained_share.sepen", "identity_way.floor", "identity_way.ceiling"}
+NOT_OF_ROWS = {"trained_share.sepen", "identity_way.floor", "identity_way.ceiling", "identity_way_seen.floor",
+               "identity_way_seen.ceiling"}  # fmt: skip
 
 
 def save(root: Path, name: str, metrics: dict[str, object]) -> Path:

@@ -50,6 +50,14 @@ def test_toybox_layouts_are_what_they_say():
         toybox_layouts(PRESETS["cpu"], "train")
 
 
+def test_rivals_of_unseen_identities_are_as_far_as_those_of_seen_ones():
+    apart = {"seen": [], "unseen": []}
+    for case in toybox_layouts(PRESETS["cpu"], "dev", 24):
+        pictures = [np.asarray(picture, dtype=int) for picture in (case.truth, case.rivals)]
+        apart[case.record.kind].append(np.abs(pictures[0] - pictures[1]).mean())
+    assert np.mean(apart["unseen"]) > 0.75 * np.mean(apart["seen"])  # rivals of the held-out hues: below a half
+
+
 @pytest.mark.parametrize("objects", [2, 5, 10, 20])
 def test_layouts_of_any_number_of_objects(objects):
     cases = toybox_layouts(PRESETS["cpu"], "test", 4, objects)

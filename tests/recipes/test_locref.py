@@ -53,7 +53,8 @@ def test_figures_of_rows_and_their_differences():
         "ap50.full": 100, "ap50.text": 0, "ap.full": 100, "ap50.ceiling": 100, "ap50.full_n2": 100,
         "ap50.ceiling_n2": 100, "identity_seen.full": 80, "identity_unseen.full": 60, "identity.full": 70,
         "identity_seen.ceiling": 90, "identity_unseen.floor": 40, "clip_i.text": 20, "leakage.text": 30,
-        "leakage.ceiling": 0, "identity_way.full": 40, "ap50_diff.full_text": 100, "identity_diff.full_text": 50,
+        "leakage.ceiling": 0, "identity_way.full": 40, "identity_way_seen.full": 80,
+        "ap50_diff.full_text": 100, "identity_diff.full_text": 50,
         "leakage_diff.full_text": -20, "leakage_outside.full": 10, "leakage_outside.text": 30,
         "leakage_outside.ceiling": 0, "leakage_outside.full_n2": 10, "leakage_outside_diff.full_text": -20,
     }  # fmt: skip
