@@ -1,13 +1,14 @@
 """What fine-tuning changed of a UNet, as one small file: new values of a few tensors, or low-rank differences of all.
 
 A delta knows the base it was made for and is put on and taken off again exactly: the base's own values are kept
-meanwhile.
+meanwhile. LoRA may come and go before, between and after: it stands beside the values that a delta replaces.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class UNetDelta:
     tensors: dict[str, torch.Tensor]
     notes: dict[str, str] = field(default_factory=dict)
     _originals: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    _attached_to: weakref.ref[Any] | None = field(default=None, repr=False)
 
     @classmethod
     def between(
@@ -121,35 +123,43 @@ class UNetDelta:
 
     @torch.no_grad()
     def attach(self, unet: Any, base_model: str | None = None) -> None:
-        """Put the delta on a UNet.
+        """Put the delta on a UNet. Of several deltas on the same tensors, the last one comes off first.
 
         Args:
-            unet: the base, or a descendant of it.
+            unet: the base, or a descendant of it; with or without LoRA, which stays on.
             base_model: its id, for messages.
 
         Raises:
-            CheckpointError: another base, or the delta is already on a UNet.
+            CheckpointError: another base, the delta is already on a UNet, or LoRA is fused into the values.
         """
-        if self._originals:
+        if self._attached_to is not None and self._attached_to() is not None:
             raise CheckpointError("the delta is already attached; detach it first.")
         check_same_base(self.made_for, unet, base_model, "delta")
-        parameters = dict(plain_unet(unet).named_parameters())
         names = {name.rpartition(":")[0] for name in self.tensors}
-        for name in names:
-            if name not in parameters:
-                raise CheckpointError(f"`delta` has a tensor for {name}, which the UNet does not have.")
+        parameters = _own_parameters(unet, names)
         new = {name: self._new_value(name, parameters[name]) for name in names}
         self._originals = {name: parameters[name].detach().clone() for name in names}
+        self._attached_to = weakref.ref(plain_unet(unet))
         for name, value in new.items():
             parameters[name].copy_(value)
 
     @torch.no_grad()
     def detach(self, unet: Any) -> None:
-        """Take the delta off: the UNet has its own values back, bit for bit."""
-        parameters = dict(plain_unet(unet).named_parameters())
+        """Take the delta off: the UNet has its own values back, bit for bit.
+
+        Args:
+            unet: that the delta is on.
+
+        Raises:
+            CheckpointError: the delta is not on this UNet, LoRA is fused into the values, or offloading moved them
+                away. The delta stays where it is.
+        """
+        if self._attached_to is None or self._attached_to() is not plain_unet(unet):
+            raise CheckpointError("`unet` must be the one that the delta is attached to; nothing was detached.")
+        parameters = _own_parameters(unet, self._originals)
         for name, value in self._originals.items():
             parameters[name].copy_(value)
-        self._originals = {}
+        self._originals, self._attached_to = {}, None
 
     def _new_value(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         if f"{name}:{_VALUE}" in self.tensors:
@@ -165,3 +175,22 @@ class UNetDelta:
         if not value.isfinite().all():
             raise CheckpointError(f"`delta` has values for {name} that are not finite.")
         return value
+
+
+def _own_parameters(unet: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The UNet's own parameters of these names, also where PEFT has put them inside LoRA layers and renamed them.
+
+    Raises:
+        CheckpointError: there is none of that name, or its values are not the UNet's own at the moment.
+    """
+    model = plain_unet(unet)
+    found = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    fused = {name for name, module in model.named_modules() if getattr(module, "merged", False)}
+    for name in names:
+        if name not in found:
+            raise CheckpointError(f"`delta` has a tensor for {name}, which the UNet does not have.")
+        if name.rpartition(".")[0] in fused:
+            raise CheckpointError(f"LoRA is fused into {name}; unfuse it first (`unfuse_lora`).")
+        if found[name].is_meta:
+            raise CheckpointError(f"`unet` has no values of {name} in memory: do this before offloading is enabled.")
+    return {name: found[name] for name in names}

@@ -40,7 +40,8 @@ class BoxControlOptions:
     """How strongly, how long and by what boxes control a picture. Defaults are the paper's and its authors'.
 
     Attributes:
-        guided_steps: steps before which the latents are moved; None: 15 of 50, in proportion.
+        guided_steps: iterations of the loop before which the latents are moved, but for those that a scheduler of
+            second order starts from older latents; None: 15 of 50, in proportion.
         iterations: gradient steps before each of them, at most.
         step_sizes: of the descent, at the first guided step and where it would be after the last.
         cross_weight, self_weight: weights of the losses on cross- and self-attention.
@@ -128,7 +129,7 @@ class BoxControlRun:
 
     Attributes:
         parts: to install for the whole call; batches are B rows, or `[uncond, cond]` of 2 B.
-        losses: per guided step the losses of its iterations, `(B,)` each, for inspection.
+        losses: per step that was guided the losses of its iterations, `(B,)` each, for inspection.
     """
 
     def __init__(
@@ -183,7 +184,12 @@ class BoxControlRun:
             self._map_grid = layers.map_grid
 
     def before_step(
-        self, step: int, latents: torch.Tensor, scale_input: Callable[[torch.Tensor], torch.Tensor], forward: Any
+        self,
+        step: int,
+        latents: torch.Tensor,
+        scale_input: Callable[[torch.Tensor], torch.Tensor],
+        forward: Any,
+        is_kept: bool = True,
     ) -> torch.Tensor:
         """What happens before the prediction of a step.
 
@@ -193,6 +199,7 @@ class BoxControlRun:
             scale_input: latents to what the UNet reads at this step; linear.
             forward: runs the UNet on the conditional half of such an input `(B, C, h, w)`, at least until all of
                 `last_layers` have run.
+            is_kept: whether the scheduler's step starts from these latents. Where it does not, nothing is guided.
 
         Returns:
             The latents, moved if the step is guided.
@@ -204,7 +211,7 @@ class BoxControlRun:
             self._take_maps()
             if step >= self.refine_start and (step - self.refine_start) % self.refine_period == 0:
                 self._refine()
-        if step < self.guided_steps:
+        if is_kept and step < self.guided_steps:
             self._visibility.mode = "guide"
             try:
                 latents = self._guide(step, latents, scale_input, forward)

@@ -11,6 +11,7 @@ its own softmax (objects folded into the batch) and the results are averaged by 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -306,8 +307,10 @@ def cached_projection(
 ) -> KeysValues:
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
-    Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity and
-    version. Nothing is cached while gradients flow into the result.
+    Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity,
+    memory and version (only a write into `weight.data` is no new version). What inference mode made serves in it
+    alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
+    weights lives: once they are moved to another device, as offloading does, replaced or gone, the cache is cleared.
 
     Args:
         cache: a dictionary that the caller keeps (and may clear); one per use.
@@ -319,22 +322,30 @@ def cached_projection(
     weights = tuple(parameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *weights)):
         return project(*tokens)
-    # The weights themselves are held, so that an address cannot be used again by other weights.
-    versions = tuple((weight, weight.data_ptr(), _content_version(weight)) for weight in weights)
-    if cache and _same_weights(cache["weights"], versions) and _same_content(cache["tokens"], tokens):
+    is_inference = torch.is_inference_mode_enabled()
+    is_known = cache and cache["is_inference"] == is_inference and _same_weights(cache["weights"], weights)
+    if is_known and _same_content(cache["tokens"], tokens):
         return cache["keys_values"]
     keys_values = project(*tokens)
-    cache.update(tokens=tuple(x.detach().clone() for x in tokens), weights=versions, keys_values=keys_values)
+    # Only now, since offloading moves weights to the device when they are used.
+    known = [
+        (weakref.ref(one), weakref.ref(one.untyped_storage(), lambda _: cache.clear()), *_version(one))
+        for one in weights
+    ]
+    copies = tuple(x.detach().clone() for x in tokens)
+    cache.update(tokens=copies, weights=known, keys_values=keys_values, is_inference=is_inference)
     return keys_values
 
 
-def _content_version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(weight: torch.Tensor) -> tuple[int, int]:
+    """Where in its memory a weight lies, and how often that was written."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def _same_weights(known: Sequence[tuple], current: Sequence[tuple]) -> bool:
-    return len(known) == len(current) and all(
-        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known, current, strict=True)
+def _same_weights(known: Sequence[tuple], weights: Sequence[torch.Tensor]) -> bool:
+    return len(known) == len(weights) and all(
+        one() is weight and memory() is weight.untyped_storage() and version == list(_version(weight))
+        for (one, memory, *version), weight in zip(known, weights, strict=True)
     )
 
 

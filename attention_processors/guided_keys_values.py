@@ -32,6 +32,9 @@ class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
         )
         return key, value
 
+    def __contains__(self, layer: object) -> bool:  # that of `Mapping` would put keys and values together
+        return layer in self.shown
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shown)
 

@@ -73,7 +73,8 @@ def fusion_parts(
             there is one, "composite": those of the composite image, `(B, S, C)`.
         regions: a `RegionPyramidBatch` of exclusive regions, `(B, N, h, w)` on each grid.
         settings: strengths and switches.
-        scales: strength of each reference, `(B, N)`, on the model's device; None: all 1.
+        scales: strength of each reference, `(B, N)`, on the model's device; None: all 1. They multiply RI alone: in
+            the region of a reference of scale 0 the text still gives way, so one that is off is not among these.
         composite_per_object: "composite" holds S / N tokens for each object (its coordinates, say), which those of
             padded slots must not be seen of.
         rows: the batch rows to act on, B of them; None is all.

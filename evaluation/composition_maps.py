@@ -84,8 +84,8 @@ def paint_with_key_maps(
     if branch is None:
         raise ObjectComposeError("`objects` must have one with a `scale` above 0, got none.")
     keys = {name: key[1:] for name, (key, _) in branch.part.keys_values.items()}  # without the unconditional row
-    default = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    height, width = (arguments.get(name) or default for name in ("height", "width"))
+    sides = zip(("height", "width"), pipeline.default_size(), strict=True)
+    height, width = (arguments.get(name) or default for name, default in sides)
     probe = ObjectKeyProbe(keys, len(rows[0]), pipeline.latent_size(height, width))
     output = pipeline(prompt, objects=rows[0], parts=[*arguments.pop("parts", ()), probe], **arguments)
     return output.images[0], probe.maps[0]

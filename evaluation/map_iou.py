@@ -34,6 +34,7 @@ from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.processes import process_state
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training.grounded_captions import CaptionDataset, GroundedCaptions, ToyboxCaptions, read_records
+from objectcompose.training.runs import picture_side
 from objectcompose.training.token_compose_losses import SUPERVISED_LAYERS
 
 
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
     attention = AttentionMaps(pipeline, args.layers)
     for timestep in args.timesteps:
         attention.check_timestep(timestep)
-    resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = picture_side(pipeline, args.resolution)
     dataset = None if records is None else GroundedCaptions(records, resolution)
     rows: list[Row] = []
     for split in ("test",) if args.threshold is not None else ("dev", "test"):

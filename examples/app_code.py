@@ -45,14 +45,14 @@ def python_lines(request: PaintRequest, device: str) -> str:
 
 
 def _imports(method: PageMethod) -> list[str]:
-    names = ["from objectcompose.pipelines.generate import load_checkpoint"]
-    if method.kind == "instances":
-        names.append("from objectcompose.pipelines.learned_instances import load_instances")
+    public = {"delta": ["UNetDelta"], "instances": ["load_instances"]}.get(method.kind, [])
+    names = [
+        f"from objectcompose import {', '.join(sorted(['load_layout', *public]))}",
+        "from objectcompose.pipelines.generate import load_checkpoint",
+    ]
     if method.weights is not None:
         names.append("from objectcompose.toybox.weights import toybox_path")
-    if method.kind == "delta":
-        names.insert(0, "from objectcompose.adapters.unet_delta import UNetDelta")
-    return ["import torch", "", "from objectcompose import load_layout", *names]
+    return ["import torch", "", *names]
 
 
 def _loading(method: PageMethod, device: str) -> list[str]:

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from objectcompose.adapters.locref_adapter import LocRefAdapter as LocRefAdapter
     from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter as ObjectPromptAdapter
+    from objectcompose.adapters.unet_delta import UNetDelta as UNetDelta
     from objectcompose.attention_processors.box_control import BoxControlOptions as BoxControlOptions
     from objectcompose.attention_processors.branch import Branch as Branch
     from objectcompose.attention_processors.install import match_layers as match_layers
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from objectcompose.layout import layout_from_coco as layout_from_coco
     from objectcompose.layout import load_layout as load_layout
     from objectcompose.layout import save_layout as save_layout
+    from objectcompose.pipelines.learned_instances import load_instances as load_instances
     from objectcompose.pipelines.mifo_control import MIFOBoxControl as MIFOBoxControl
     from objectcompose.pipelines.pipeline_locref import LocRefPipeline as LocRefPipeline
     from objectcompose.pipelines.pipeline_mifo import MIFOPipeline as MIFOPipeline
@@ -87,9 +89,11 @@ _PUBLIC = {
     "SceneObject": "objectcompose.layout",
     "TokenComposePipeline": "objectcompose.pipelines.pipeline_token_compose",
     "TokenMapProbe": "objectcompose.attention_processors.probe",
+    "UNetDelta": "objectcompose.adapters.unet_delta",
     "detections_to_layout": "objectcompose.grounding.detection",
     "layout_from_coco": "objectcompose.layout",
     "load_grounder": "objectcompose.grounding.grounder",
+    "load_instances": "objectcompose.pipelines.learned_instances",
     "load_layout": "objectcompose.layout",
     "match_layers": "objectcompose.attention_processors.install",
     "merge_detections": "objectcompose.grounding.detection",

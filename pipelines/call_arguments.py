@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_REFERENCE_TO_SHARED = "All other arguments are those of `CallArguments`."
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,7 +19,7 @@ class CallArguments:
     """The arguments that the call of every pipeline takes.
 
     Attributes:
-        prompt: one prompt or a list of B prompts.
+        prompt: one prompt or a list of B prompts; None with `prompt_embeds`.
         height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
         width: as `height`.
         num_inference_steps: number of denoising steps.
@@ -31,13 +36,14 @@ class CallArguments:
         ip_adapter_image: one picture (or list) per loaded IP-Adapter.
         ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
         output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
-        return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+        return_dict: return the output as a dataclass, or as the tuple of its fields.
         cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
-        guidance_rescale: see `rescale_guided_noise`.
+        guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
             return tensors that replace the loop's.
-        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
+            "negative_prompt_embeds".
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -77,6 +83,20 @@ class CallArguments:
     def lora_scale(self) -> float | None:
         """Strength of LoRA layers, for the text encoder."""
         return None if self.cross_attention_kwargs is None else self.cross_attention_kwargs.get("scale")
+
+
+def describes_shared_arguments(call: _Call) -> _Call:
+    """Complete the docstring of a pipeline's `__call__`, so that `help` names all of its arguments.
+
+    What `CallArguments` says of the shared ones takes the place of the sentence that refers to it. Without docstrings
+    (`python -OO`) there is nothing to complete.
+    """
+    if call.__doc__ is not None:
+        own, found, rest = inspect.cleandoc(call.__doc__).partition(f"\n\n{_REFERENCE_TO_SHARED}\n")
+        assert found, f"{call} must refer to the shared arguments"
+        shared = inspect.cleandoc(CallArguments.__doc__ or "").partition("Attributes:\n")[2]
+        call.__doc__ = f"{own}\n{shared}\n{rest}"
+    return call
 
 
 @dataclass(eq=False)

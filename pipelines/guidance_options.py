@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from objectcompose.errors import CheckpointError, ObjectComposeError
 from objectcompose.pipelines.call_arguments import CallArguments
 from objectcompose.pipelines.call_checks import check_count, check_number
+from objectcompose.pipelines.gradient_passes import check_gradients_allowed
 from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD, check_segmenter, dino_side
 from objectcompose.pipelines.token_refinement import PREDICTION_TYPES, REFINEMENT_STEPS, signal_share
 
@@ -84,8 +83,7 @@ def _check_refinable(pipeline: Any, parts: Sequence[Any]) -> None:
     if kind not in PREDICTION_TYPES:
         raise ObjectComposeError(f"`scheduler` must predict one of {', '.join(PREDICTION_TYPES)}, got {kind!r}.")
     signal_share(pipeline.scheduler, 0)
-    if torch.is_inference_mode_enabled():
-        raise ObjectComposeError(f"`refinement_steps` needs gradients, which inference mode forbids; {remedy}.")
+    check_gradients_allowed(pipeline.unet, "refinement_steps", remedy)
     if any(parameter.device.type == "meta" for parameter in pipeline.unet.parameters()):
         raise ObjectComposeError(f"`refinement_steps` cannot work under sequential offloading; {remedy}.")
     for index, part in enumerate(parts):

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.utils import logging
 
 from objectcompose.attention_processors.box_control import BoxControlOptions, BoxControlRun
 from objectcompose.attention_processors.box_layers import ControlLayers, control_layers
@@ -28,9 +29,13 @@ from objectcompose.errors import ObjectComposeError, RegionError
 from objectcompose.layout import SceneObject, as_scene_objects, require_object_fields
 from objectcompose.pipelines.attention_maps import check_installable
 from objectcompose.pipelines.call_arguments import CallArguments, SamplingState
+from objectcompose.pipelines.gradient_passes import check_gradients_allowed, held_lora_scale
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.placement import place_phrases
 from objectcompose.pipelines.subject_tokens import check_placeholders, prompt_subjects
+
+
+box_control_logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,31 @@ class MIFOBoxControl:
         self._found: WeakKeyDictionary[CallArguments, list[ControlledPrompt]] = WeakKeyDictionary()
 
     def check(self, pipeline: Any, call: CallArguments) -> None:
-        """Refuse what cannot be controlled, before any model runs.
+        """Refuse what cannot be controlled, before any model runs; warn where guidance cannot act.
 
         Raises:
-            ObjectComposeError: or one of its subclasses; see `controlled_prompts` and `choose_layers`.
+            ObjectComposeError: or one of its subclasses; see `controlled_prompts` and `choose_layers`. Or steps are
+                guided in inference mode.
         """
-        self.controlled_prompts(pipeline, call)
+        prompts = [prompt for prompt in self.controlled_prompts(pipeline, call) if prompt.placed]
+        if not prompts or self.options.guided_steps == 0:
+            return
+        remedy = "call it in `torch.no_grad` alone, or use `guided_steps` 0 for masks without guidance"
+        check_gradients_allowed(pipeline.unet, "guided_steps", remedy)
+        grids = self._loss_grids(pipeline.unet, pipeline.latent_size(call.height, call.width))
+        covered = [all(bool((prompt.pyramid.at(grid) > 0).any(0).all()) for grid in grids) for prompt in prompts]
+        if any(covered):
+            labels = ", ".join(repr(item.label) for item in prompts[covered.index(True)].placed)
+            box_control_logger.warning(
+                f"{self.method} cannot move latents where boxes cover the whole picture, since its loss compares them"
+                f" with what no box covers; masks still act. The boxes are those of {labels}."
+            )
+
+    def _loss_grids(self, unet: Any, canvas: tuple[int, int]) -> set[tuple[int, int]]:
+        layers, levels = self.choose_layers(unet, canvas), layer_levels(unet)
+        names = [name for kind in self.options.kinds for name in layers.of_kind(layers.loss, unet, kind)]
+        grids = grids_of(*canvas, 1 + max(levels.values()))
+        return {grids[levels[name]] for name in names}
 
     def controlled_prompts(self, pipeline: Any, call: CallArguments) -> list[ControlledPrompt]:
         """The prompts of a call with their objects found and placed.
@@ -225,13 +249,24 @@ class BoundBoxControl:
         self, step: int, timestep: torch.Tensor, latents: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> torch.Tensor:
         """Move the latents, if the step is guided; see `BoxControlRun.before_step`."""
+        with held_lora_scale(self.pipeline.unet, self.pipeline.cross_attention_kwargs) as cross_attention_kwargs:
+            return self._before_step(step, timestep, latents, prompt_embeds, cross_attention_kwargs)
+
+    def _before_step(
+        self,
+        step: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
         count = len(latents)
         # Parts of other methods may be made for both halves of the batch; then both run, and only the second is read.
         runs_both = len(prompt_embeds) > count and self._has_foreign_parts()
         repeats = len(prompt_embeds) // count if runs_both else 1
         inputs: dict[str, Any] = {
             "encoder_hidden_states": prompt_embeds if runs_both else prompt_embeds[-count:],
-            "cross_attention_kwargs": self.pipeline.cross_attention_kwargs,
+            "cross_attention_kwargs": cross_attention_kwargs,
         }
         if self.state.timestep_cond is not None:
             inputs["timestep_cond"] = self.state.timestep_cond
@@ -246,7 +281,9 @@ class BoundBoxControl:
             batch = torch.cat([model_input] * repeats) if repeats > 1 else model_input
             run_until(self.pipeline.unet, self.run.last_layers, batch, timestep, **inputs)
 
-        return self.run.before_step(step, latents, scale_input, forward)
+        # Schedulers of second order start every other step from latents that they stored, whatever these here are.
+        is_kept = getattr(self.pipeline.scheduler, "state_in_first_order", True)
+        return self.run.before_step(step, latents, scale_input, forward, is_kept)
 
     def _has_foreign_parts(self) -> bool:
         """Whether masks or branches of others are installed, which change what the layers compute."""

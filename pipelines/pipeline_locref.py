@@ -31,7 +31,7 @@ from objectcompose.attention_processors.reference_fusion import FusionSettings
 from objectcompose.errors import CheckpointError, ObjectComposeError
 from objectcompose.layout import as_scene_objects
 from objectcompose.pipelines.adapter_loading import AdapterLoaderMixin
-from objectcompose.pipelines.call_arguments import CallArguments
+from objectcompose.pipelines.call_arguments import CallArguments, describes_shared_arguments
 from objectcompose.pipelines.call_checks import check_number
 from objectcompose.pipelines.pipeline_output import LocRefOutput, PlacedObject
 from objectcompose.pipelines.placement import place_objects, warn_unused_fields
@@ -41,6 +41,7 @@ from objectcompose.pipelines.reference_scenes import (
     check_locref_objects,
     composite_pictures,
     encode_scenes,
+    has_reference,
     locref_fields,
     reference_scene,
     scene_parts,
@@ -62,7 +63,8 @@ class LocRefPipeline(
 ):
     """Text, boxes and reference pictures to a picture, with a checkpoint of the Stable Diffusion 1.x/2.x layout.
 
-    Without an object that has a picture, a call returns bit for bit what `StableDiffusionPipeline` returns.
+    Without an object that has a picture and a `scale` above 0, a call returns bit for bit what
+    `StableDiffusionPipeline` returns.
 
     Args:
         vae: decodes latents to pictures.
@@ -135,7 +137,7 @@ class LocRefPipeline(
         rows = as_scene_objects(objects, batch_size)
         for row in rows:
             check_locref_objects(row)
-        if any(item.image is not None for row in rows for item in row):
+        if any(has_reference(item) for row in rows for item in row):
             self.check_encoders()
         if return_composite and (self.adapter is None or self.adapter.config.composite != "image"):
             raise ObjectComposeError("`return_composite=True` needs an `adapter` that reads a composite image.")
@@ -173,6 +175,7 @@ class LocRefPipeline(
         return FusionSettings(**{**default, **{name: value for name, value in given.items() if value is not None}})
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -214,9 +217,11 @@ class LocRefPipeline(
 
         Args:
             objects: at most 20 `SceneObject`s or dicts, one list for all prompts or one per prompt. With `image`
-                (alpha is its cut-out) and `box`, an object is shown by its reference, `scale` strong, in front by
-                `order`; its `phrase` is needed only for attention maps. Without `image` it is left to the prompt, and
-                needs a `phrase` of it.
+                (alpha is its cut-out) and `box`, an object is shown by its reference, in front by `order`; its
+                `phrase` is needed only for attention maps. Without `image` it is left to the prompt, and needs a
+                `phrase` of it. `scale` 0 is as if there were no `image`; any other multiplies the attention to the
+                object's own reference (with `ri_scale`), and neither its part of the composite image nor how much of
+                the text stays in its box (`gamma`).
             ci_scale: strength of the composite image, at least 0. Default, here and below: the adapter's.
             ri_scale: strength of the references, at least 0.
             gamma: share of the text that stays inside the boxes, at least 0.

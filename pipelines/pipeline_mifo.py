@@ -28,7 +28,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from objectcompose.pipelines.call_arguments import CallArguments
+from objectcompose.pipelines.call_arguments import CallArguments, describes_shared_arguments
 from objectcompose.pipelines.mifo_control import MIFOBoxControl
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.placement import warn_unused_fields
@@ -94,13 +94,14 @@ class MIFOPipeline(
         )
 
     def check_inputs(
-        self, call: CallArguments, control: MIFOBoxControl | None
+        self, call: CallArguments, control: MIFOBoxControl | None, use_box_control: bool = True
     ) -> tuple[list[list[PlacedObject]], list[str]]:
         """Refuse what a call cannot use, before any model runs.
 
         Args:
             call: the arguments of a call.
             control: box control of the call's objects; None without objects.
+            use_box_control: whether it is to act.
 
         Returns:
             Per prompt the placed objects (empty lists without objects), and the names of the layers whose attention is
@@ -113,9 +114,12 @@ class MIFOPipeline(
         placed: list[list[PlacedObject]] = [[] for _ in range(batch_size)]
         if control is not None:
             placed = [prompt.placed for prompt in control.controlled_prompts(self, call)]
+            if use_box_control:
+                control.check(self, call)
         return placed, self.check_attention(call, placed)
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -174,7 +178,7 @@ class MIFOPipeline(
         # 1. Refuse bad input; find the objects
         call = self.take_arguments(locals())
         control = None if objects is None else MIFOBoxControl(objects, box_control, loss_layers, map_layers)
-        placed, map_names = self.check_inputs(call, control)
+        placed, map_names = self.check_inputs(call, control, use_box_control)
         warn_unused_fields(placed, type(self).__name__, self._warned_unused)
         placed = [row for row in placed for _ in range(call.num_images_per_prompt)]  # per prompt -> per picture
 

@@ -40,7 +40,7 @@ from objectcompose.errors import CheckpointError, LayoutError, MissingFieldError
 from objectcompose.layout import SceneObject, as_scene_objects, require_object_fields
 from objectcompose.layout_fields import check_picture
 from objectcompose.pipelines.adapter_loading import AdapterLoaderMixin
-from objectcompose.pipelines.call_arguments import CallArguments
+from objectcompose.pipelines.call_arguments import CallArguments, describes_shared_arguments
 from objectcompose.pipelines.composition_guidance import GuidedRun
 from objectcompose.pipelines.guidance_options import GuidanceOptions, check_guidance
 from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD
@@ -69,8 +69,8 @@ class ObjectPromptPipeline(
 ):
     """Text and object pictures to picture, with any checkpoint of the Stable Diffusion 1.x/2.x layout.
 
-    Without `objects`, `parts` and `return_attention`, or with every `scale` 0, a call returns bit for bit what
-    `StableDiffusionPipeline` returns with the same components, arguments and generator.
+    Without `parts` and `return_attention`, and without `objects` or with every `scale` 0 and no `background`, a call
+    returns bit for bit what `StableDiffusionPipeline` returns with the same components, arguments and generator.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker: as in `StableDiffusionPipeline`.
@@ -241,6 +241,7 @@ class ObjectPromptPipeline(
         return ObjectPromptBranch(adapter, pack_tokens(key_tokens, value_tokens, null, slots), self._caches)
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -28,7 +28,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from objectcompose.pipelines.call_arguments import CallArguments
+from objectcompose.pipelines.call_arguments import CallArguments, describes_shared_arguments
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.placement import place_phrases, warn_unused_fields
 from objectcompose.pipelines.sampling import SamplingMixin
@@ -117,6 +117,7 @@ class TokenComposePipeline(
         return placed, self.check_attention(call, placed)
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: str | list[str] | None = None,

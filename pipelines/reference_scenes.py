@@ -39,7 +39,7 @@ class ReferenceScene:
     """The references of one picture.
 
     Attributes:
-        references: its objects that have a picture, with their boxes.
+        references: its objects whose picture is shown (`has_reference`), with their boxes.
         regions: the exclusive regions of these.
     """
 
@@ -85,8 +85,13 @@ def locref_fields(item: SceneObject) -> tuple[str, ...]:
     return ("phrase",) if item.image is None else ("phrase", "image", "box", "scale", "order")
 
 
+def has_reference(item: SceneObject) -> bool:
+    """Whether an object is shown by its picture: it has one, and its `scale` does not switch it off."""
+    return item.image is not None and item.scale != 0
+
+
 def reference_scene(objects: Sequence[SceneObject], latent_size: tuple[int, int]) -> ReferenceScene:
-    """Those of a picture's objects that have a reference.
+    """Those of a picture's objects that are shown by a reference; the others take part in nothing.
 
     Args:
         objects: objects that passed `check_locref_objects`.
@@ -95,7 +100,7 @@ def reference_scene(objects: Sequence[SceneObject], latent_size: tuple[int, int]
     Raises:
         RegionError: the latents' grid cannot give each reference a cell of its own.
     """
-    references = [item for item in objects if item.image is not None]
+    references = [item for item in objects if has_reference(item)]
     return ReferenceScene(references, reference_regions(references, latent_size))
 
 

@@ -14,7 +14,7 @@ and no pipeline: see `objectcompose.pipelines.steps`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -107,12 +107,16 @@ class SamplingMixin(StableDiffusionStepsMixin):
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         num_images = 1 if call.num_images_per_prompt is None else call.num_images_per_prompt
+        steps = call.attention_steps
+        if isinstance(steps, Iterable) and not isinstance(steps, str):
+            steps = tuple(steps)  # an iterator can be read once
         return replace(
             call,
             height=height,
             width=width,
             num_images_per_prompt=num_images,
             callback_on_step_end_tensor_inputs=tensor_inputs,
+            attention_steps=steps,
         )
 
     def check_call(self, call: CallArguments) -> int:

@@ -11,6 +11,7 @@ import torch
 from objectcompose.attention_processors.compiled import prepare_parts
 from objectcompose.attention_processors.install import use_parts
 from objectcompose.pipelines.call_arguments import SamplingState
+from objectcompose.pipelines.gradient_passes import held_lora_scale
 from objectcompose.pipelines.object_matching import dino_side, dino_statistics, embed_crops, segment_pixels
 from objectcompose.pipelines.object_prompts import ObjectPromptBranch
 from objectcompose.pipelines.reference_images import clip_statistics
@@ -64,11 +65,12 @@ class SegmentRefiner:
         pipeline, refinement = self.pipeline, self.refinement
         models = (pipeline.unet, pipeline.vae, pipeline.tiny_vae, pipeline.dino, pipeline.adapter)
         quiet = use_parts(pipeline.unet, (), outer_probes=False)  # what probes measure is the sampling itself
-        with torch.enable_grad(), frozen_parameters(models), quiet:
+        lora = held_lora_scale(pipeline.unet, pipeline.cross_attention_kwargs)
+        with torch.enable_grad(), frozen_parameters(models), quiet, lora as cross_attention_kwargs:
             # In two halves, meeting at the values: offloading may move the adapter away once the UNet runs.
             values = {name: value.detach().requires_grad_() for name, value in self.branch.values.items()}
             self.branch.values = values
-            losses = self.losses(state, timestep)
+            losses = self.losses(state, timestep, cross_attention_kwargs)
             scale = HALF_LOSS_SCALE if pipeline.unet.dtype == torch.float16 else 1.0
             slopes = torch.autograd.grad(losses.sum() * scale, list(values.values()))
             tokens = refinement.tokens.clone().requires_grad_()
@@ -81,13 +83,15 @@ class SegmentRefiner:
             changed[self.places] = refinement.tokens.to(changed)
             self.branch.values = pipeline.adapter.values_of(changed.flatten(1, 2))
 
-    def losses(self, state: SamplingState, timestep: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, state: SamplingState, timestep: torch.Tensor, cross_attention_kwargs: dict[str, Any] | None
+    ) -> torch.Tensor:
         """1 - cosine of each target's segment and prompt, `(K,)`, differentiable in the branch's values.
 
-        0 for objects that are done.
+        0 for objects that are done. `cross_attention_kwargs` are for the UNet, see `held_lora_scale`.
         """
         pipeline = self.pipeline
-        clean = self.clean_latents(state, timestep)
+        clean = self.clean_latents(state, timestep, cross_attention_kwargs)
         active = [index for index in range(len(self.targets)) if self.refinement.active[index]]
         shown = sorted({self.targets[index].picture for index in active})
         decoder = pipeline.vae if pipeline.tiny_vae is None else pipeline.tiny_vae
@@ -106,7 +110,9 @@ class SegmentRefiner:
         losses[active] = 1 - (features * references).sum(-1)
         return losses
 
-    def clean_latents(self, state: SamplingState, timestep: torch.Tensor) -> torch.Tensor:
+    def clean_latents(
+        self, state: SamplingState, timestep: torch.Tensor, cross_attention_kwargs: dict[str, Any] | None
+    ) -> torch.Tensor:
         """x0 `(M, C, h, w)` as the conditional half predicts it in one step, float32."""
         pipeline = self.pipeline
         count = len(state.latents)
@@ -121,7 +127,7 @@ class SegmentRefiner:
             timestep,
             encoder_hidden_states=state.prompt_embeds[-count:],
             timestep_cond=state.timestep_cond,
-            cross_attention_kwargs=pipeline.cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs,
             added_cond_kwargs=extra,
             return_dict=False,
         )[0]

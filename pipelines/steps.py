@@ -244,7 +244,9 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
         """Height and width in pixels of the pictures that the UNet was trained on."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+            raise ObjectComposeError(
+                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
+            )
         if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
             size = 64  # those versions wrote a wrong size into the UNet's config
         height, width = (size, size) if isinstance(size, int) else size

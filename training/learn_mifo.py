@@ -16,6 +16,8 @@ pipeline, or LoRA layers).
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -46,7 +48,7 @@ from objectcompose.training.mifo_losses import (
 )
 from objectcompose.training.mifo_scene import InstanceScene, make_scene, masks_of_phrases, scene_files
 from objectcompose.training.placeholders import Placeholders
-from objectcompose.training.runs import start_run
+from objectcompose.training.runs import picture_side, start_run
 from objectcompose.training.trainable import LoraLayers, select_trainable
 
 
@@ -151,8 +153,13 @@ def make_placeholders(args: argparse.Namespace, pipeline: Any, count: int) -> Pl
 
 @torch.no_grad()
 def class_moments(pipeline: Any, args: argparse.Namespace, size: int) -> torch.Tensor:
-    """Moments `(P, 2 C, h, w)` of the class pictures, which the base paints where they are not there yet."""
-    folder = args.output_dir / "class_pictures"
+    """Moments `(P, 2 C, h, w)` of the class pictures, which the base paints where they are not there yet.
+
+    They lie in a folder for each way to paint them: other words, steps, sizes or bases find nothing of one another.
+    """
+    base = [str(pipeline.name_or_path), identify_base(pipeline.unet).fingerprint]
+    painted_by = json.dumps([*base, args.class_prompt, args.class_steps, size])
+    folder = args.output_dir / "class_pictures" / hashlib.sha256(painted_by.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     moments = []
@@ -198,7 +205,7 @@ class Learning:
         run = start_run(args, "learn_mifo", argv)
         self.accelerator, self.command = run.accelerator, run.command
         self.pipeline = load_checkpoint(args.pretrained_model, str(self.accelerator.device), pipeline="mifo")
-        self.size = args.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        self.size = picture_side(self.pipeline, args.resolution)
         self.scene = load_scene(args, self.size)
         self.made_for = identify_base(self.pipeline.unet, args.pretrained_model)
         for model in (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder):

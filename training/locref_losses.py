@@ -91,7 +91,7 @@ def foreground_of(scenes: Sequence[ReferenceScene]) -> torch.Tensor:
     return torch.stack(unions).float()
 
 
-def region_weights(foreground: torch.Tensor, foreground_weight: float, background_weight: float) -> torch.Tensor:
+def cell_weights(foreground: torch.Tensor, foreground_weight: float, background_weight: float) -> torch.Tensor:
     """W: the weight of each cell, of the shape of `foreground` ({0, 1})."""
     return foreground_weight * foreground + background_weight * (1 - foreground)
 
@@ -156,7 +156,7 @@ class LocRefLosses:
                 text = torch.stack(texts).to(device)
                 prediction = unet(task.noisy, task.timesteps, text, return_dict=False)[0].float()
             foreground = foreground_of(scenes).to(device)
-            weights = region_weights(foreground, self.options.foreground_weight, self.options.background_weight)
+            weights = cell_weights(foreground, self.options.foreground_weight, self.options.background_weight)
             with torch.no_grad():
                 errors = (prediction - task.target).square().mean(1, keepdim=True)
                 inside = (errors * foreground).sum() / foreground.sum().clamp_min(1)

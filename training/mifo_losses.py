@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from objectcompose.attention_processors.box_layers import control_layers, layer_levels
 from objectcompose.attention_processors.box_loss import subject_token_mass
-from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
+from objectcompose.attention_processors.install import match_layers, use_parts
 from objectcompose.attention_processors.losses import mask_penalty_loss, mask_reward_loss
 from objectcompose.attention_processors.probe import TokenMapProbe
 from objectcompose.attention_processors.regions import grids_of, rasterize
@@ -107,8 +107,7 @@ def learning_layers(unet: Any, canvas: tuple[int, int], stage: Literal[1, 2]) ->
     chosen = grids_of(*canvas, depth).index(map_grid)
     cross = set(match_layers(unet, "", "cross"))
     if stage == 2:
-        names = [name for name in attention_layers(unet) if name.startswith(f"down_blocks.{chosen}.")]
-        return [name for name in names + [name for name, level in levels.items() if level == chosen] if name in cross]
+        return [name for name, level in levels.items() if level == chosen and name in cross]
     other = chosen - 1 if chosen > 0 else chosen + 1
     in_decoder = [name for name in levels if name.startswith("up_blocks.") and name in cross]
     return [name for name in in_decoder if levels[name] in (chosen, other)]

@@ -1,4 +1,4 @@
-"""How every training script starts: one accelerator, one command for the card, and a folder that is this run's own."""
+"""How training scripts start: one accelerator, one command for the card, a folder that is this run's own, one size."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from objectcompose.errors import ObjectComposeError
+from objectcompose.pipelines.call_checks import check_count
 from objectcompose.training.common import check_same_run, start_training
 
 
@@ -64,6 +66,24 @@ def start_run(args: argparse.Namespace, script: str, argv: Sequence[str] | None)
     command = f"python -m objectcompose.training.{script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     accelerator = start_training(seed=args.seed, mixed_precision=args.mixed_precision)
     return TrainingRun(accelerator, command, {"script": script, **plain})
+
+
+def picture_side(pipeline: Any, resolution: int | None = None) -> int:
+    """Side in pixels of the square pictures to train on: `resolution`, else the base's own (`default_size`).
+
+    Raises:
+        ObjectComposeError: `resolution` is below 1; or there is none, and the base's own size is not known or no
+            square.
+    """
+    if resolution is not None:
+        check_count("resolution", resolution)
+        return resolution
+    height, width = pipeline.default_size()
+    if height != width:
+        raise ObjectComposeError(
+            f"`resolution` is needed where the base's own pictures are no squares: they are {height} x {width} pixels."
+        )
+    return int(height)
 
 
 def _plain(value: Any) -> Any:

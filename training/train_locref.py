@@ -37,6 +37,7 @@ from objectcompose.training.loop import loop_options
 from objectcompose.training.reference_augmentation import ReferenceAugmentation
 from objectcompose.training.reference_encoding import ReferenceEncoder
 from objectcompose.training.reference_samples import ReferenceDataset, ReferenceSample, ToyboxReferences, pil_picture
+from objectcompose.training.runs import picture_side
 
 
 #: Steps of a validation picture.
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_data_arguments(args)
     run = start_adapter_training(args, "train_locref", argv, "locref", lambda pipeline: make_adapter(args, pipeline))
     pipeline = run.pipeline
-    dataset = load_dataset(args, args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    dataset = load_dataset(args, picture_side(pipeline, args.resolution))
     if not 0 <= args.validation_scenes <= len(dataset):
         raise ObjectComposeError(
             f"`validation_scenes` must lie in [0, {len(dataset)}] with this data, got {args.validation_scenes}."

@@ -37,6 +37,7 @@ from objectcompose.training.grounded_captions import GroundedCaptions, read_reco
 from objectcompose.training.loop import loop_options
 from objectcompose.training.object_prompt_data import CutOutScenes, ObjectFeatures, ObjectScenes, ToyboxScenes
 from objectcompose.training.object_prompt_losses import ConditionOptions, ObjectPromptLosses
+from objectcompose.training.runs import picture_side
 
 
 #: What the maps to values start from: the base's own for text, as IP-Adapter has it, or nothing.
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, "train_object_prompt", argv, "object-prompt", lambda pipeline: make_adapter(args, pipeline)
     )
     pipeline = run.pipeline
-    resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = picture_side(pipeline, args.resolution)
     with run.accelerator.main_process_first():  # who renders or reads first fills the caches
         scenes = load_scenes(args, resolution)
     if not any(scenes.count(index) for index in range(len(scenes.captions))):

@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     concepts = read_concepts(args)
     run = start_fine_tuning(args, "train_separate_enhance", argv)
     tokenizer, text_encoder, unet = run.pipeline.tokenizer, run.pipeline.text_encoder, run.pipeline.unet
-    side = unet.config.sample_size
-    rows, columns = args.attention_grid or (side // 4, side // 4)
+    latent_size = run.pipeline.latent_size(*run.pipeline.default_size())
+    rows, columns = args.attention_grid or (side // 4 for side in latent_size)
     losses = SeparateEnhanceLosses(
         unet,
         run.parameters,
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer,
         lambda prompt: encode_caption(tokenizer, text_encoder, prompt),
         concepts,
-        (unet.config.in_channels, side, side),
+        (unet.config.in_channels, *latent_size),
         (rows, columns),
         loss_options,
         run.accelerator.autocast,

@@ -21,6 +21,7 @@ from objectcompose.training.common import run_script
 from objectcompose.training.fine_tuning import add_fine_tuning_arguments, finish_fine_tuning, start_fine_tuning
 from objectcompose.training.grounded_captions import CaptionDataset, GroundedCaptions, ToyboxCaptions, read_records
 from objectcompose.training.loop import loop_options
+from objectcompose.training.runs import picture_side
 from objectcompose.training.token_compose_losses import (
     SUPERVISED_LAYERS,
     TokenComposeLosses,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run = start_fine_tuning(args, "train_token_compose", argv)
     pipeline, unet = run.pipeline, run.pipeline.unet
-    resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = picture_side(pipeline, args.resolution)
     with run.accelerator.main_process_first():  # who renders or reads first fills the caches
         dataset = load_dataset(args, resolution)
     encoder = CaptionEncoder(

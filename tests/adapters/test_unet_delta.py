@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -52,6 +54,112 @@ def test_low_rank_is_exact_where_the_change_has_that_rank():
     delta.detach(unet)
     UNetDelta.between(before, after, identify_base(unet), rank=1, dtype=torch.float32).attach(unet)
     assert not torch.allclose(dict(unet.named_parameters())[KEY], after[KEY], atol=1e-3)
+
+
+def keys_moved():
+    """A UNet, its cross-attention keys, and a delta of all of them, as Separate-and-Enhance leaves."""
+    unet = tiny_unet()
+    before = {name: one.detach().clone() for name, one in unet.named_parameters() if ".attn2.to_k." in name}
+    after = {name: value + 0.01 for name, value in before.items()}
+    return unet, before, after, UNetDelta.between(before, after, identify_base(unet), dtype=torch.float32)
+
+
+def own_keys(unet):
+    """The values of the cross-attention keys, inside LoRA layers or not."""
+    named = {name.replace(".base_layer", ""): parameter.detach() for name, parameter in unet.named_parameters()}
+    return {name: value for name, value in named.items() if ".attn2.to_k.weight" in name}
+
+
+def equal_states(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def add_lora(unet):
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        options = {"r": 2, "lora_alpha": 0.1, "init_lora_weights": False}
+        unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k"], **options))
+
+
+def remove_lora(unet):
+    unet.unload_lora()
+
+
+@pytest.mark.parametrize("first", ["lora", "delta"])
+@pytest.mark.parametrize("first_off", ["lora", "delta"])
+def test_lora_on_the_same_layers_comes_and_goes_in_any_order(first, first_off):
+    unet, before, after, delta = keys_moved()
+    on = {"lora": lambda: add_lora(unet), "delta": lambda: delta.attach(unet)}
+    off = {"lora": lambda: remove_lora(unet), "delta": lambda: delta.detach(unet)}
+    for name in (first, "delta" if first == "lora" else "lora"):
+        on[name]()
+    assert equal_states(own_keys(unet), after)
+    off[first_off]()
+    assert equal_states(own_keys(unet), before if first_off == "delta" else after)
+    off["delta" if first_off == "lora" else "lora"]()
+    assert equal_states(own_keys(unet), before)
+    assert not any("base_layer" in name for name, _ in unet.named_parameters())
+    delta.attach(unet)  # and it can be used again
+    assert equal_states(own_keys(unet), after)
+
+
+def test_fused_lora_is_refused_until_it_is_unfused():
+    unet, before, _, delta = keys_moved()
+    add_lora(unet)
+    unet.fuse_lora()
+    with pytest.raises(CheckpointError, match="unfuse_lora"):
+        delta.attach(unet)
+    unet.unfuse_lora()
+    with torch.no_grad():
+        for name, value in own_keys(unet).items():
+            value.copy_(before[name])  # fusing and back is not exact
+    delta.attach(unet)
+    unet.fuse_lora()
+    with pytest.raises(CheckpointError, match="unfuse_lora"):
+        delta.detach(unet)
+    unet.unfuse_lora()
+    delta.detach(unet)
+    assert equal_states(own_keys(unet), before)
+
+
+def test_only_the_unet_that_it_is_on_can_give_it_back():
+    unet, before, after, delta = keys_moved()
+    other = tiny_unet()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5)
+    kept = {name: value.clone() for name, value in own_keys(other).items()}
+    with pytest.raises(CheckpointError, match="`unet` must be the one"):
+        delta.detach(unet)  # it is on none
+    delta.attach(unet)
+    with pytest.raises(CheckpointError, match="`unet` must be the one"):
+        delta.detach(other)
+    assert equal_states(own_keys(other), kept) and equal_states(own_keys(unet), after)
+    delta.detach(unet)
+    assert equal_states(own_keys(unet), before)
+
+
+def test_a_unet_that_is_gone_sets_the_delta_free():
+    unet, _, after, delta = keys_moved()
+    delta.attach(unet)
+    del unet
+    gc.collect()
+    other = tiny_unet()
+    delta.attach(other)
+    assert equal_states(own_keys(other), after)
+
+
+def test_values_that_offloading_moved_away_are_waited_for():
+    unet, before, _, delta = keys_moved()
+    delta.attach(unet)
+    weight = unet.get_submodule(KEY.removesuffix(".weight")).weight
+    unet.get_submodule(KEY.removesuffix(".weight")).weight = torch.nn.Parameter(weight.to("meta"))
+    with pytest.raises(CheckpointError, match="offloading"):
+        delta.detach(unet)
+    unet.get_submodule(KEY.removesuffix(".weight")).weight = weight
+    delta.detach(unet)
+    assert equal_states(own_keys(unet), before)
 
 
 def test_another_base_is_refused():

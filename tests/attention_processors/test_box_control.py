@@ -223,6 +223,14 @@ def test_an_exception_in_guidance_leaves_denoising_masks():
     assert not any(hasattr(processor, "composed_parts") for processor in call.unet.attn_processors.values())
 
 
+def test_latents_that_are_not_kept_are_not_moved():
+    call = Call(**ONE_STEP)
+    with torch.no_grad(), use_parts(call.unet, call.run.parts):
+        assert call.run.before_step(0, call.latents, same, call.forward, is_kept=False) is call.latents
+        assert call.run.losses == []
+        assert not torch.equal(call.run.before_step(0, call.latents, same, call.forward), call.latents)
+
+
 def test_a_gradient_that_is_not_finite_is_refused():
     call = Call(**ONE_STEP)
     with pytest.raises(NonFiniteError, match="step 0"):

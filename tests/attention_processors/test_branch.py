@@ -1,4 +1,4 @@
-"""Branches: the algebra of adding and replacing, objects in one call, conflicts, and a cache that is never stale."""
+"""Branches: the algebra of adding and replacing, objects in one call, conflicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
-from objectcompose.attention_processors.branch import Branch, cached_projection, check_replacing_branches
+from objectcompose.attention_processors.branch import Branch, check_replacing_branches
 from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
 from objectcompose.attention_processors.probe import TokenMapProbe
@@ -287,76 +287,3 @@ def test_gradients_reach_keys_values_and_scale(layer, states):
     regions = torch.cat([cells(0, 1), cells(2)])
     compose(layer, states, [Branch(pairs, regions, tensors[2])]).square().sum().backward()
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in tensors)
-
-
-class TestCachedProjection:
-    @pytest.fixture
-    def projection(self):
-        linear = torch.nn.Linear(4, 6)
-        counted = []
-
-        def project(tokens):
-            counted.append(1)
-            return {"layer": (linear(tokens), linear(tokens) + 1)}
-
-        return linear, project, counted
-
-    @torch.no_grad()
-    def test_is_computed_once_for_equal_content(self, projection):
-        linear, project, counted = projection
-        cache, tokens = {}, torch.randn(1, 3, 4)
-        first = cached_projection(cache, tokens, project, linear.parameters())
-        assert cached_projection(cache, tokens, project, linear.parameters()) is first
-        assert cached_projection(cache, tokens.clone(), project, linear.parameters()) is first
-        assert len(counted) == 1
-
-    @pytest.mark.parametrize("change", ["new", "in place", "data", "shape", "dtype", "weights", "new weights"])
-    @torch.no_grad()
-    def test_is_never_stale(self, projection, change):
-        linear, project, counted = projection
-        cache, tokens = {}, torch.randn(2, 3, 4)
-        before = cached_projection(cache, tokens, project, linear.parameters())["layer"][0].clone()
-        if change == "new":
-            tokens = tokens + 1
-        elif change == "in place":
-            tokens += 1
-        elif change == "data":
-            tokens.data[0, 0, 0] = 9  # does not count as a new version of the tensor
-        elif change == "shape":
-            tokens = tokens[:1]
-        elif change == "dtype":
-            tokens, linear = tokens.double(), linear.double()
-        elif change == "weights":
-            linear.weight.add_(1)
-        else:
-            linear.weight = torch.nn.Parameter(linear.weight + 1)
-        after = cached_projection(cache, tokens, project, linear.parameters())["layer"][0]
-        assert len(counted) == 2
-        assert before.shape != after.shape or before.dtype != after.dtype or not torch.equal(before, after)
-
-    def test_nothing_is_kept_while_gradients_flow(self, projection):
-        linear, project, counted = projection
-        cache, tokens = {}, torch.randn(1, 3, 4)
-        for _ in range(2):
-            assert cached_projection(cache, tokens, project, linear.parameters())["layer"][0].requires_grad
-        assert len(counted) == 2 and cache == {}
-
-    @pytest.mark.parametrize("kind", KINDS)
-    @torch.no_grad()
-    def test_once_per_call_of_many_steps_and_new_tokens_change_the_picture(self, kind):
-        unet, inputs = unet_and_inputs(kind)
-        cross = match_layers(unet, r"attn2$")
-        projections = {name: torch.nn.Linear(8, unet.get_submodule(name).to_q.out_features) for name in cross}
-        weights = [weight for linear in projections.values() for weight in linear.parameters()]
-        counted, cache, outputs = [], {}, []
-
-        def project(tokens):
-            counted.append(1)
-            return {name: (linear(tokens), linear(tokens)) for name, linear in projections.items()}
-
-        for tokens in (torch.randn(1, 4, 8), torch.randn(1, 4, 8)):
-            for _ in range(3):
-                with use_parts(unet, [Branch(cached_projection(cache, tokens, project, weights))]):
-                    outputs.append(predict(unet, inputs))
-        assert len(counted) == 2
-        assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[2], outputs[3])

@@ -16,6 +16,7 @@ from objectcompose.errors import LayoutError
 
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES_FOR_USERS = [ROOT / "README.md", *sorted(ROOT.glob("docs/methods/*.md"))]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 # a room imports only from rooms to its left; grounding, whose ground truth toybox is, stands just behind it
 LEFT_TO_RIGHT = [
@@ -63,6 +64,16 @@ def test_public_names_of_type_checkers_and_of_the_table_agree():
 @pytest.mark.parametrize("name", sorted(objectcompose._PUBLIC))
 def test_public_name_loads(name):
     assert getattr(objectcompose, name).__name__ == name
+
+
+@pytest.mark.parametrize("page", PAGES_FOR_USERS, ids=lambda path: path.name)
+def test_pages_for_users_import_public_names_only(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if node.module.partition(".")[0] == "objectcompose"]
+    assert ours and all(node.module in ("objectcompose", "objectcompose.toybox.weights") for node in ours)
+    named = {alias.name for node in ours if node.module == "objectcompose" for alias in node.names}
+    assert named <= set(objectcompose._PUBLIC)
 
 
 def test_unknown_public_name_is_an_attribute_error():

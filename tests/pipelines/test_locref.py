@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -59,6 +61,30 @@ def test_references_boxes_order_and_scale_all_matter(shared):
     for changed in (moved, other, weaker, in_front):
         assert not torch.allclose(images(shared, [changed, CORGI]), base, atol=1e-4), changed
     assert torch.allclose(images(shared, [CORGI, DOG]), base, atol=1e-5)
+
+
+@pytest.mark.parametrize("composite", ["image", "coordinates", "none"])
+def test_scale_0_is_an_object_without_a_picture(composite):
+    pipeline = locref({"composite": composite})
+    off = replace(CORGI, scale=0.0)
+    for objects, expected in (([DOG, off], [DOG]), ([off, DOG], [{"phrase": "corgi"}, DOG])):
+        assert torch.equal(images(pipeline, objects), images(pipeline, expected))
+    both = sample(pipeline, [PROMPT] * 2, objects=[[DOG, off], [off]], generator=generators(2)).images
+    assert torch.equal(both, images(pipeline, [[DOG], []], prompt=[PROMPT] * 2, generator=generators(2)))
+    weak = images(pipeline, [DOG, replace(CORGI, scale=0.01)])
+    assert not torch.allclose(weak, images(pipeline, [DOG]), atol=1e-4)  # the text still gives way in its box
+
+
+def test_scale_0_everywhere_is_the_plain_pipeline():
+    pipeline = locref()
+    counts = call_counts(pipeline)
+    off = [replace(DOG, scale=0.0), replace(CORGI, scale=0.0)]
+    output = sample(pipeline, PROMPT, objects=off, return_composite=True)
+    assert torch.equal(output.images, sample(pipeline, PROMPT).images)
+    assert counts["image_encoder"] == counts["adapter"] == 0
+    assert len(output.composite[0].getcolors()) == 1 and [item.unused for item in output.objects[0]] == [(), ()]
+    alone = locref(adapter=None, image_encoder=None)
+    assert torch.equal(images(alone, off), output.images)
 
 
 def test_alpha_is_a_cut_out():

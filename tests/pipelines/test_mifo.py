@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
 from benchmarks.naive_box_control import NaiveBoxControl, naive_sampling
 from objectcompose.__main__ import main
@@ -19,6 +19,7 @@ from objectcompose.errors import (
     RegionError,
 )
 from objectcompose.layout import Layout, SceneObject, save_layout
+from objectcompose.pipelines import mifo_control
 from objectcompose.pipelines.mifo_control import BoundBoxControl, MIFOBoxControl, box_control_options
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline
 from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
@@ -165,6 +166,37 @@ def test_guidance_leaves_the_unet_early_and_runs_one_half():
         handle.remove()
     one_guided_step = [("conv_in", 1)] * 3 + [("conv_in", 2), ("conv_out", 2)]
     assert runs == [*one_guided_step, ("conv_in", 2), ("conv_out", 2)]
+
+
+def test_steps_from_stored_latents_are_not_guided():
+    """Of a scheduler of second order: every other iteration starts from latents that it kept."""
+    scheduler = HeunDiscreteScheduler.from_config(tiny_components()["scheduler"].config)
+    pipeline, sizes = mifo_pipeline(scheduler=scheduler), []
+    handle = pipeline.unet.conv_in.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    control = {**BRIEF, "guided_steps": 4, "iterations": 2, "stop_below": 0.0}
+    paint(pipeline, num_inference_steps=3, box_control=control)
+    handle.remove()
+    assert sizes == [1, 1, 2, 2] * 2 + [2]
+
+
+@pytest.mark.parametrize("is_part", [True, False])
+def test_boxes_without_a_background_are_warned_of(monkeypatch, is_part):
+    messages = []
+    monkeypatch.setattr(mifo_control.box_control_logger, "warning", messages.append)
+    halves = [{"phrase": "dog", "box": (0, 0, 0.5, 1)}, {"phrase": "corgi", "box": (0.5, 0, 1, 1)}]
+
+    def painted(objects, **control):
+        control = {**BRIEF, **control}
+        if is_part:
+            part = MIFOBoxControl(objects, control)
+            return sample(compose_pipeline(), PROMPT, output_type="latent", parts=[part]).images
+        return paint(mifo_pipeline(), objects=objects, box_control=control, output_type="latent")
+
+    masked = painted(halves, guided_steps=0)
+    painted(DOG_AND_CORGI)
+    assert not messages
+    assert torch.equal(painted(halves), masked), "there is nothing to compare with"
+    assert len(messages) == 1 and "'dog', 'corgi'" in messages[0]
 
 
 def test_a_velocity_model_is_handled():

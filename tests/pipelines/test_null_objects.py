@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from objectcompose.attention_processors.guided_keys_values import GuidedKeysValues
 from objectcompose.pipelines.object_prompts import ObjectPromptBranch
 from tests.pipelines.object_prompt_helpers import (
     PROMPT,
@@ -95,6 +96,14 @@ def test_compositional_guidance_is_that_of_written_out_rows(guidance_scale):
     assert losses[0][0] and losses == [
         [pytest.approx(item.refinement_losses, abs=1e-5) for item in row] for row in expected.objects
     ]
+
+
+def test_asking_for_a_layer_puts_nothing_together():
+    one, other = torch.zeros(1, 2, 4), torch.zeros(1, 2, 5)
+    kept = GuidedKeysValues({"layer": (one, one)}, {"layer": (other, other)})
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        kept["layer"]
+    assert "layer" in kept and "another" not in kept
 
 
 def test_one_null_object_is_held():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
@@ -44,9 +47,23 @@ def test_objects_change_the_picture_and_strength_zero_does_not():
     off = [{**one, "scale": 0.0} for one in two_objects()]
     output = sample(pipeline, objects=off)
     assert torch.equal(output.images, expected) and len(output.objects[0]) == 2
+    assert not close(sample(pipeline, objects=off, background=object_picture(8)).images, expected, 1e-3)
     assert torch.equal(sample(pipeline, objects=None).images, expected)
     pipeline.unload_adapter()
     assert torch.equal(sample(pipeline, objects=None).images, expected)
+
+
+def test_what_is_kept_between_calls_goes_with_the_models():
+    pipeline = prompt_pipeline()
+    expected = sample(pipeline).images
+    assert all(pipeline._caches.values())
+    weight = weakref.ref(next(pipeline.image_encoder.parameters()))
+    pipeline.to(torch.float64)  # moves all weights to other memory, as another device does
+    assert not any(pipeline._caches.values())
+    assert torch.equal(sample(pipeline.to(torch.float32)).images, expected)
+    pipeline.register_modules(image_encoder=None)
+    gc.collect()
+    assert weight() is None and not pipeline._caches["tokens"] and not pipeline._caches["null"]
 
 
 def test_order_of_objects_is_nothing():

@@ -90,6 +90,13 @@ def test_forwards_before_a_step_do_not_enter_the_maps():
     assert torch.equal(alone.attention[0]["dog"], beside.attention[0]["dog"])
 
 
+def test_steps_of_the_maps_may_come_from_an_iterator():
+    pipeline = compose_pipeline()
+    expected = run(pipeline, return_attention=True, attention_steps=[1]).attention[0]["dog"]
+    found = run(pipeline, return_attention=True, attention_steps=iter([1])).attention[0]["dog"]
+    assert torch.equal(found, expected)
+
+
 def test_objects_without_a_phrase_have_no_map():
     pipeline = compose_pipeline()
     output = run(pipeline, placed=[*DOG, *UNNAMED], return_attention=True)

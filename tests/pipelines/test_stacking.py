@@ -40,10 +40,9 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def delta(pipeline):
-    """New values of one tensor, as Separate-and-Enhance leaves them."""
-    before = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": None}
-    parameters = dict(pipeline.unet.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in before}
+    """New values of the keys that text becomes, as Separate-and-Enhance leaves them."""
+    parameters = pipeline.unet.named_parameters()
+    before = {name: one.detach().clone() for name, one in parameters if name.endswith(".attn2.to_k.weight")}
     after = {name: value + 0.3 * torch.randn(value.shape, generator=seeded(3)) for name, value in before.items()}
     return UNetDelta.between(before, after, identify_base(pipeline.unet))
 
@@ -54,7 +53,9 @@ def lora(pipeline):
 
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        pipeline.unet.add_adapter(
+            peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+        )
     try:
         yield
     finally:
@@ -102,6 +103,19 @@ def test_each_contributes_and_any_subset_leaves_no_trace(pipeline, delta):
             assert not torch.allclose(picture_of_chosen, without, atol=1e-5), f"{left_out} adds nothing to {rest}"
     assert processor_ids(pipeline.unet) == processors
     assert all(torch.equal(value, state[name]) for name, value in pipeline.unet.state_dict().items())
+    assert torch.equal(sample(pipeline, PROMPT).images, plain)
+
+
+def test_delta_and_lora_on_the_same_keys_stack_in_either_order(pipeline, delta):
+    plain = sample(pipeline, PROMPT).images
+    with attached(delta, pipeline.unet), lora(pipeline):
+        delta_first = sample(pipeline, PROMPT).images
+    with lora(pipeline):
+        lora_alone = sample(pipeline, PROMPT).images
+        with attached(delta, pipeline.unet):
+            assert torch.equal(sample(pipeline, PROMPT).images, delta_first)
+        assert torch.equal(sample(pipeline, PROMPT).images, lora_alone)
+    assert not torch.allclose(delta_first, lora_alone, atol=1e-5)
     assert torch.equal(sample(pipeline, PROMPT).images, plain)
 
 

@@ -224,7 +224,7 @@ def test_the_slope_is_that_of_the_whole_chain():
     known = scene.branch.values
     scene.branch.values = scene.pipeline.adapter.values_of(slots.flatten(1, 2))
     with use_parts(scene.pipeline.unet, [scene.branch.part]):
-        (slope,) = torch.autograd.grad(scene.refiner.losses(scene.state, scene.timestep).sum(), tokens)
+        (slope,) = torch.autograd.grad(scene.refiner.losses(scene.state, scene.timestep, None).sum(), tokens)
     scene.branch.values = known
     length = slope.flatten(1).norm(dim=1)[:, None, None]
     expected = -0.02 * tokens.detach().flatten(1).norm(dim=1)[:, None, None] * slope / length

@@ -88,7 +88,7 @@ def test_both_stages_leave_embeddings_and_a_pipeline(learned, base):
     assert len(lines) == 8 and {"loss", "reconstruction", "attention", "inside"} <= lines[0].keys()
     assert lines[-1]["learning_rate"] == pytest.approx(0, abs=1e-9) and lines[3]["learning_rate"] > 0
     assert "prior" in read_log(learned / "stage2" / "log.jsonl")[0]
-    assert len(list((learned / "class_pictures").iterdir())) == 2
+    assert len(list((learned / "class_pictures").glob("*/*.png"))) == 2
     for stage in ("stage1", "stage2"):
         assert (learned / stage / "validation" / "step-000004.png").is_file()
     assert (learned / "embeddings" / "README.md").is_file() and (learned / "weights" / "README.md").is_file()
@@ -257,6 +257,38 @@ def test_one_phrase_for_two_look_alikes(tmp_path):
     )
     with pytest.raises(ObjectNotFoundError, match="'a teddy bear' 3 times, and 2 could"):
         learn_mifo.load_scene(learn_mifo.create_parser().parse_args([*common, "a teddy bear", "a teddy bear"]), 64)
+
+
+def class_arguments(folder, *more):
+    return learn_mifo.create_parser().parse_args(["--output_dir", str(folder), "--class_pictures", "2", *more])
+
+
+def test_class_pictures_are_those_of_their_prompt_steps_size_and_base(base, tmp_path):
+    pipeline, other_base = quiet(MIFOPipeline.from_pretrained(base)), quiet(MIFOPipeline(**tiny_components()))
+    found = {}
+    for name, model, size, *more in (
+        ("first", pipeline, SIZE),
+        ("prompt", pipeline, SIZE, "--class_prompt", "a dog"),
+        ("steps", pipeline, SIZE, "--class_steps", "1"),
+        ("size", pipeline, SIZE + 8),
+        ("base", other_base, SIZE),
+    ):
+        options = class_arguments(tmp_path, "--class_steps", "2", *more)
+        found[name] = learn_mifo.class_moments(model, options, size)
+    assert len(list((tmp_path / "class_pictures").iterdir())) == 5
+    assert not any(torch.equal(found["first"], found[other]) for other in ("prompt", "steps"))
+    assert found["size"].shape[-1] == (SIZE + 8) // 2
+
+
+def test_class_pictures_that_are_there_are_not_painted_again(base, tmp_path):
+    pipeline = quiet(MIFOPipeline.from_pretrained(base))
+    options = class_arguments(tmp_path, "--class_steps", "2")
+    first = learn_mifo.class_moments(pipeline, options, SIZE)
+    kept, lost = sorted(tmp_path.rglob("*.png"))
+    Image.new("RGB", (SIZE, SIZE), "red").save(kept)
+    lost.unlink()  # as after an interruption
+    second = learn_mifo.class_moments(quiet(MIFOPipeline.from_pretrained(base)), options, SIZE)
+    assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
 
 
 @pytest.mark.parametrize(

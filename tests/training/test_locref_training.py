@@ -27,9 +27,9 @@ from objectcompose.training.locref_losses import (
     Dropped,
     LocRefLosses,
     LocRefLossOptions,
+    cell_weights,
     draw_dropped,
     foreground_of,
-    region_weights,
     weighted_loss,
 )
 from objectcompose.training.loop import Draw
@@ -85,7 +85,7 @@ def test_loss_by_hand():
     difference = torch.zeros(1, 2, 4, 4)
     difference[0, 0, 0, 0] = 2.0  # inside: 2.3 * 4
     difference[0, 1, 3, 3] = 3.0  # outside: 0.3 * 9
-    weights = region_weights(foreground, 2.3, 0.3)
+    weights = cell_weights(foreground, 2.3, 0.3)
     assert float(weighted_loss(difference, torch.zeros(1, 2, 4, 4), weights)) == pytest.approx((9.2 + 2.7) / 32)
     assert float(weights.mean()) == pytest.approx(0.3 + 2.0 * 6 / 16)
 
@@ -99,7 +99,7 @@ def test_mean_weight_follows_the_share_of_all_boxes():
     foreground = foreground_of(scenes)
     assert foreground.shape == (2, 1, 16, 16)
     assert foreground.mean((1, 2, 3)).tolist() == [0.25 + 0.0625, 1.0]  # what both boxes cover counts once
-    weights = region_weights(foreground, 2.3, 0.3)
+    weights = cell_weights(foreground, 2.3, 0.3)
     torch.testing.assert_close(weights.mean((1, 2, 3)), 0.3 + 2.0 * foreground.mean((1, 2, 3)))
 
 

@@ -203,7 +203,8 @@ def test_layers_of_the_stages():
     decoder = match_layers(unet, r"up_blocks.*attn2$")
     assert set(learning_layers(unet, (32, 32), 1)) == set(decoder)  # 16 and 32 cells
     level = {name for name in match_layers(unet, r"(down_blocks|up_blocks)\.1\..*attn2$")}
-    assert set(learning_layers(unet, (32, 32), 2)) == level
+    named = learning_layers(unet, (32, 32), 2)
+    assert set(named) == level and len(named) == len(level)  # each once
     assert set(learning_layers(unet, (16, 16), 2)) == set(
         match_layers(unet, r"(down_blocks\.0|up_blocks\.2)\..*attn2$")
     )

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import torch
 import torch.nn.functional as F
+import weakref
 from PIL import Image
 from PIL import ImageOps
 from collections.abc import Callable
@@ -82,6 +83,7 @@ from transformers import CLIPTokenizer
 from transformers import CLIPVisionModelWithProjection
 from typing import Any
 from typing import Literal
+from typing import TypeVar
 from typing import get_args
 from typing import get_type_hints
 
@@ -2275,8 +2277,10 @@ def cached_projection(
 ) -> "KeysValues":
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
-    Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity and
-    version. Nothing is cached while gradients flow into the result.
+    Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity,
+    memory and version (only a write into `weight.data` is no new version). What inference mode made serves in it
+    alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
+    weights lives: once they are moved to another device, as offloading does, replaced or gone, the cache is cleared.
 
     Args:
         cache: a dictionary that the caller keeps (and may clear); one per use.
@@ -2288,22 +2292,30 @@ def cached_projection(
     weights = tuple(parameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *weights)):
         return project(*tokens)
-    # The weights themselves are held, so that an address cannot be used again by other weights.
-    versions = tuple((weight, weight.data_ptr(), _content_version(weight)) for weight in weights)
-    if cache and _same_weights(cache["weights"], versions) and _same_content(cache["tokens"], tokens):
+    is_inference = torch.is_inference_mode_enabled()
+    is_known = cache and cache["is_inference"] == is_inference and _same_weights(cache["weights"], weights)
+    if is_known and _same_content(cache["tokens"], tokens):
         return cache["keys_values"]
     keys_values = project(*tokens)
-    cache.update(tokens=tuple(x.detach().clone() for x in tokens), weights=versions, keys_values=keys_values)
+    # Only now, since offloading moves weights to the device when they are used.
+    known = [
+        (weakref.ref(one), weakref.ref(one.untyped_storage(), lambda _: cache.clear()), *_version(one))
+        for one in weights
+    ]
+    copies = tuple(x.detach().clone() for x in tokens)
+    cache.update(tokens=copies, weights=known, keys_values=keys_values, is_inference=is_inference)
     return keys_values
 
 
-def _content_version(tensor: "torch.Tensor") -> "int":
-    return 0 if tensor.is_inference() else tensor._version
+def _version(weight: "torch.Tensor") -> "tuple[int, int]":
+    """Where in its memory a weight lies, and how often that was written."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def _same_weights(known: "Sequence[tuple]", current: "Sequence[tuple]") -> "bool":
-    return len(known) == len(current) and all(
-        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known, current, strict=True)
+def _same_weights(known: "Sequence[tuple]", weights: "Sequence[torch.Tensor]") -> "bool":
+    return len(known) == len(weights) and all(
+        one() is weight and memory() is weight.untyped_storage() and version == list(_version(weight))
+        for (one, memory, *version), weight in zip(known, weights, strict=True)
     )
 
 
@@ -2368,7 +2380,8 @@ def fusion_parts(
             there is one, "composite": those of the composite image, `(B, S, C)`.
         regions: a `RegionPyramidBatch` of exclusive regions, `(B, N, h, w)` on each grid.
         settings: strengths and switches.
-        scales: strength of each reference, `(B, N)`, on the model's device; None: all 1.
+        scales: strength of each reference, `(B, N)`, on the model's device; None: all 1. They multiply RI alone: in
+            the region of a reference of scale 0 the text still gives way, so one that is off is not among these.
         composite_per_object: "composite" holds S / N tokens for each object (its coordinates, say), which those of
             padded slots must not be seen of.
         rows: the batch rows to act on, B of them; None is all.
@@ -3028,12 +3041,16 @@ def adapter_class_of(pipeline_class: "type") -> "Any":
 
 # --- objectcompose.pipelines.call_arguments
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_REFERENCE_TO_SHARED = "All other arguments are those of `CallArguments`."
+
+
 @dataclass(frozen=True, eq=False)
 class CallArguments:
     """The arguments that the call of every pipeline takes.
 
     Attributes:
-        prompt: one prompt or a list of B prompts.
+        prompt: one prompt or a list of B prompts; None with `prompt_embeds`.
         height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
         width: as `height`.
         num_inference_steps: number of denoising steps.
@@ -3050,13 +3067,14 @@ class CallArguments:
         ip_adapter_image: one picture (or list) per loaded IP-Adapter.
         ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
         output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
-        return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+        return_dict: return the output as a dataclass, or as the tuple of its fields.
         cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
-        guidance_rescale: see `rescale_guided_noise`.
+        guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
             return tensors that replace the loop's.
-        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
+            "negative_prompt_embeds".
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -3096,6 +3114,20 @@ class CallArguments:
     def lora_scale(self) -> "float | None":
         """Strength of LoRA layers, for the text encoder."""
         return None if self.cross_attention_kwargs is None else self.cross_attention_kwargs.get("scale")
+
+
+def describes_shared_arguments(call: "_Call") -> "_Call":
+    """Complete the docstring of a pipeline's `__call__`, so that `help` names all of its arguments.
+
+    What `CallArguments` says of the shared ones takes the place of the sentence that refers to it. Without docstrings
+    (`python -OO`) there is nothing to complete.
+    """
+    if call.__doc__ is not None:
+        own, found, rest = inspect.cleandoc(call.__doc__).partition(f"\n\n{_REFERENCE_TO_SHARED}\n")
+        assert found, f"{call} must refer to the shared arguments"
+        shared = inspect.cleandoc(CallArguments.__doc__ or "").partition("Attributes:\n")[2]
+        call.__doc__ = f"{own}\n{shared}\n{rest}"
+    return call
 
 
 @dataclass(eq=False)
@@ -3417,7 +3449,9 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
         """Height and width in pixels of the pictures that the UNet was trained on."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+            raise ObjectComposeError(
+                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
+            )
         if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
             size = 64  # those versions wrote a wrong size into the UNet's config
         height, width = (size, size) if isinstance(size, int) else size
@@ -4445,6 +4479,9 @@ class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
         )
         return key, value
 
+    def __contains__(self, layer: "object") -> "bool":  # that of `Mapping` would put keys and values together
+        return layer in self.shown
+
     def __iter__(self) -> "Iterator[str]":
         return iter(self.shown)
 
@@ -4939,7 +4976,7 @@ class ReferenceScene:
     """The references of one picture.
 
     Attributes:
-        references: its objects that have a picture, with their boxes.
+        references: its objects whose picture is shown (`has_reference`), with their boxes.
         regions: the exclusive regions of these.
     """
 
@@ -4985,8 +5022,13 @@ def locref_fields(item: "SceneObject") -> "tuple[str, ...]":
     return ("phrase",) if item.image is None else ("phrase", "image", "box", "scale", "order")
 
 
+def has_reference(item: "SceneObject") -> "bool":
+    """Whether an object is shown by its picture: it has one, and its `scale` does not switch it off."""
+    return item.image is not None and item.scale != 0
+
+
 def reference_scene(objects: "Sequence[SceneObject]", latent_size: "tuple[int, int]") -> "ReferenceScene":
-    """Those of a picture's objects that have a reference.
+    """Those of a picture's objects that are shown by a reference; the others take part in nothing.
 
     Args:
         objects: objects that passed `check_locref_objects`.
@@ -4995,7 +5037,7 @@ def reference_scene(objects: "Sequence[SceneObject]", latent_size: "tuple[int, i
     Raises:
         RegionError: the latents' grid cannot give each reference a cell of its own.
     """
-    references = [item for item in objects if item.image is not None]
+    references = [item for item in objects if has_reference(item)]
     return ReferenceScene(references, reference_regions(references, latent_size))
 
 
@@ -5616,12 +5658,16 @@ class SamplingMixin(StableDiffusionStepsMixin):
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         num_images = 1 if call.num_images_per_prompt is None else call.num_images_per_prompt
+        steps = call.attention_steps
+        if isinstance(steps, Iterable) and not isinstance(steps, str):
+            steps = tuple(steps)  # an iterator can be read once
         return replace(
             call,
             height=height,
             width=width,
             num_images_per_prompt=num_images,
             callback_on_step_end_tensor_inputs=tensor_inputs,
+            attention_steps=steps,
         )
 
     def check_call(self, call: "CallArguments") -> "int":
@@ -6088,7 +6134,8 @@ class LocRefPipeline(
 ):
     """Text, boxes and reference pictures to a picture, with a checkpoint of the Stable Diffusion 1.x/2.x layout.
 
-    Without an object that has a picture, a call returns bit for bit what `StableDiffusionPipeline` returns.
+    Without an object that has a picture and a `scale` above 0, a call returns bit for bit what
+    `StableDiffusionPipeline` returns.
 
     Args:
         vae: decodes latents to pictures.
@@ -6161,7 +6208,7 @@ class LocRefPipeline(
         rows = as_scene_objects(objects, batch_size)
         for row in rows:
             check_locref_objects(row)
-        if any(item.image is not None for row in rows for item in row):
+        if any(has_reference(item) for row in rows for item in row):
             self.check_encoders()
         if return_composite and (self.adapter is None or self.adapter.config.composite != "image"):
             raise ObjectComposeError("`return_composite=True` needs an `adapter` that reads a composite image.")
@@ -6199,6 +6246,7 @@ class LocRefPipeline(
         return FusionSettings(**{**default, **{name: value for name, value in given.items() if value is not None}})
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: "str | list[str] | None" = None,
@@ -6240,9 +6288,11 @@ class LocRefPipeline(
 
         Args:
             objects: at most 20 `SceneObject`s or dicts, one list for all prompts or one per prompt. With `image`
-                (alpha is its cut-out) and `box`, an object is shown by its reference, `scale` strong, in front by
-                `order`; its `phrase` is needed only for attention maps. Without `image` it is left to the prompt, and
-                needs a `phrase` of it.
+                (alpha is its cut-out) and `box`, an object is shown by its reference, in front by `order`; its
+                `phrase` is needed only for attention maps. Without `image` it is left to the prompt, and needs a
+                `phrase` of it. `scale` 0 is as if there were no `image`; any other multiplies the attention to the
+                object's own reference (with `ri_scale`), and neither its part of the composite image nor how much of
+                the text stays in its box (`gamma`).
             ci_scale: strength of the composite image, at least 0. Default, here and below: the adapter's.
             ri_scale: strength of the references, at least 0.
             gamma: share of the text that stays inside the boxes, at least 0.

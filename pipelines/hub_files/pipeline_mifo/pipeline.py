@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_mifo by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.pipelines.call_arguments, objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.layout_fields, objectcompose.attention_processors.regions, objectcompose.attention_processors.box_layers, objectcompose.attention_processors.losses, objectcompose.attention_processors.box_loss, objectcompose.attention_processors.box_masks, objectcompose.attention_processors.box_refinement, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.attention_processors.box_control, objectcompose.attention_processors.compiled, objectcompose.attention_processors.early_exit, objectcompose.files, objectcompose.layout, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.subject_tokens, objectcompose.pipelines.mifo_control, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.sampling, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_mifo.
+# Merged modules: objectcompose.pipelines.call_arguments, objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.layout_fields, objectcompose.attention_processors.regions, objectcompose.attention_processors.box_layers, objectcompose.attention_processors.losses, objectcompose.attention_processors.box_loss, objectcompose.attention_processors.box_masks, objectcompose.attention_processors.box_refinement, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.attention_processors.box_control, objectcompose.attention_processors.compiled, objectcompose.attention_processors.early_exit, objectcompose.files, objectcompose.layout, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.gradient_passes, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.subject_tokens, objectcompose.pipelines.mifo_control, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.sampling, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_mifo.
 # SPDX-License-Identifier: Apache-2.0
 
 """MIFOPipeline: a prompt whose objects stay in their boxes, and apart from one another.
@@ -91,12 +91,16 @@ from weakref import WeakKeyDictionary
 
 # --- objectcompose.pipelines.call_arguments
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_REFERENCE_TO_SHARED = "All other arguments are those of `CallArguments`."
+
+
 @dataclass(frozen=True, eq=False)
 class CallArguments:
     """The arguments that the call of every pipeline takes.
 
     Attributes:
-        prompt: one prompt or a list of B prompts.
+        prompt: one prompt or a list of B prompts; None with `prompt_embeds`.
         height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
         width: as `height`.
         num_inference_steps: number of denoising steps.
@@ -113,13 +117,14 @@ class CallArguments:
         ip_adapter_image: one picture (or list) per loaded IP-Adapter.
         ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
         output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
-        return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+        return_dict: return the output as a dataclass, or as the tuple of its fields.
         cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
-        guidance_rescale: see `rescale_guided_noise`.
+        guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
             return tensors that replace the loop's.
-        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
+            "negative_prompt_embeds".
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -159,6 +164,20 @@ class CallArguments:
     def lora_scale(self) -> "float | None":
         """Strength of LoRA layers, for the text encoder."""
         return None if self.cross_attention_kwargs is None else self.cross_attention_kwargs.get("scale")
+
+
+def describes_shared_arguments(call: "_Call") -> "_Call":
+    """Complete the docstring of a pipeline's `__call__`, so that `help` names all of its arguments.
+
+    What `CallArguments` says of the shared ones takes the place of the sentence that refers to it. Without docstrings
+    (`python -OO`) there is nothing to complete.
+    """
+    if call.__doc__ is not None:
+        own, found, rest = inspect.cleandoc(call.__doc__).partition(f"\n\n{_REFERENCE_TO_SHARED}\n")
+        assert found, f"{call} must refer to the shared arguments"
+        shared = inspect.cleandoc(CallArguments.__doc__ or "").partition("Attributes:\n")[2]
+        call.__doc__ = f"{own}\n{shared}\n{rest}"
+    return call
 
 
 @dataclass(eq=False)
@@ -2749,7 +2768,8 @@ class BoxControlOptions:
     """How strongly, how long and by what boxes control a picture. Defaults are the paper's and its authors'.
 
     Attributes:
-        guided_steps: steps before which the latents are moved; None: 15 of 50, in proportion.
+        guided_steps: iterations of the loop before which the latents are moved, but for those that a scheduler of
+            second order starts from older latents; None: 15 of 50, in proportion.
         iterations: gradient steps before each of them, at most.
         step_sizes: of the descent, at the first guided step and where it would be after the last.
         cross_weight, self_weight: weights of the losses on cross- and self-attention.
@@ -2837,7 +2857,7 @@ class BoxControlRun:
 
     Attributes:
         parts: to install for the whole call; batches are B rows, or `[uncond, cond]` of 2 B.
-        losses: per guided step the losses of its iterations, `(B,)` each, for inspection.
+        losses: per step that was guided the losses of its iterations, `(B,)` each, for inspection.
     """
 
     def __init__(
@@ -2892,7 +2912,12 @@ class BoxControlRun:
             self._map_grid = layers.map_grid
 
     def before_step(
-        self, step: "int", latents: "torch.Tensor", scale_input: "Callable[[torch.Tensor], torch.Tensor]", forward: "Any"
+        self,
+        step: "int",
+        latents: "torch.Tensor",
+        scale_input: "Callable[[torch.Tensor], torch.Tensor]",
+        forward: "Any",
+        is_kept: "bool" = True,
     ) -> "torch.Tensor":
         """What happens before the prediction of a step.
 
@@ -2902,6 +2927,7 @@ class BoxControlRun:
             scale_input: latents to what the UNet reads at this step; linear.
             forward: runs the UNet on the conditional half of such an input `(B, C, h, w)`, at least until all of
                 `last_layers` have run.
+            is_kept: whether the scheduler's step starts from these latents. Where it does not, nothing is guided.
 
         Returns:
             The latents, moved if the step is guided.
@@ -2913,7 +2939,7 @@ class BoxControlRun:
             self._take_maps()
             if step >= self.refine_start and (step - self.refine_start) % self.refine_period == 0:
                 self._refine()
-        if step < self.guided_steps:
+        if is_kept and step < self.guided_steps:
             self._visibility.mode = "guide"
             try:
                 latents = self._guide(step, latents, scale_input, forward)
@@ -3764,6 +3790,52 @@ class PhraseMapRecorder:
         return [{item.label: means[b, n] for n, item in enumerate(row)} for b, row in enumerate(self.placed)]
 
 
+# --- objectcompose.pipelines.gradient_passes
+
+def check_gradients_allowed(unet: "Any", argument: "str", remedy: "str") -> "None":
+    """Refuse what needs gradients where inference mode, of the call or of the weights, forbids them.
+
+    Args:
+        unet: the model that gradients go through.
+        argument: what asks for them, for the message.
+        remedy: what to do instead, likewise.
+
+    Raises:
+        ObjectComposeError: they are forbidden.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ObjectComposeError(f"`{argument}` needs gradients, which inference mode forbids; {remedy}.")
+    if any(weight.is_inference() for weight in unet.parameters()):
+        raise ObjectComposeError(
+            f"`{argument}` needs gradients, which a `unet` that was made in inference mode forbids; {remedy}."
+        )
+
+
+@contextmanager
+def held_lora_scale(unet: "Any", cross_attention_kwargs: "dict[str, Any] | None") -> "Iterator[dict[str, Any] | None]":
+    """LoRA layers at the scale that a call asks for, in forward passes of the block and in their backward passes.
+
+    The UNet takes a scale back as soon as its forward ends, and gradient checkpointing runs its blocks again later.
+
+    Args:
+        unet: the model.
+        cross_attention_kwargs: of the call; `scale` is that of LoRA, which needs PEFT.
+
+    Yields:
+        What to pass to the UNet inside the block.
+    """
+    scale = None if cross_attention_kwargs is None else cross_attention_kwargs.get("scale")
+    if scale is None or not USE_PEFT_BACKEND:
+        yield cross_attention_kwargs
+        return
+    assert cross_attention_kwargs is not None
+    scale_lora_layers(unet, scale)
+    try:
+        yield {name: value for name, value in cross_attention_kwargs.items() if name != "scale"}
+    finally:
+        unscale_lora_layers(unet, scale)
+
+
 # --- objectcompose.pipelines.token_utils
 
 _WORD_END = "</w>"
@@ -4227,6 +4299,9 @@ def prompt_subjects(
 
 # --- objectcompose.pipelines.mifo_control
 
+box_control_logger = logging.get_logger(__name__)
+
+
 @dataclass(frozen=True)
 class ControlledPrompt:
     """One prompt whose objects are found.
@@ -4296,12 +4371,31 @@ class MIFOBoxControl:
         self._found: "WeakKeyDictionary[CallArguments, list[ControlledPrompt]]" = WeakKeyDictionary()
 
     def check(self, pipeline: "Any", call: "CallArguments") -> "None":
-        """Refuse what cannot be controlled, before any model runs.
+        """Refuse what cannot be controlled, before any model runs; warn where guidance cannot act.
 
         Raises:
-            ObjectComposeError: or one of its subclasses; see `controlled_prompts` and `choose_layers`.
+            ObjectComposeError: or one of its subclasses; see `controlled_prompts` and `choose_layers`. Or steps are
+                guided in inference mode.
         """
-        self.controlled_prompts(pipeline, call)
+        prompts = [prompt for prompt in self.controlled_prompts(pipeline, call) if prompt.placed]
+        if not prompts or self.options.guided_steps == 0:
+            return
+        remedy = "call it in `torch.no_grad` alone, or use `guided_steps` 0 for masks without guidance"
+        check_gradients_allowed(pipeline.unet, "guided_steps", remedy)
+        grids = self._loss_grids(pipeline.unet, pipeline.latent_size(call.height, call.width))
+        covered = [all(bool((prompt.pyramid.at(grid) > 0).any(0).all()) for grid in grids) for prompt in prompts]
+        if any(covered):
+            labels = ", ".join(repr(item.label) for item in prompts[covered.index(True)].placed)
+            box_control_logger.warning(
+                f"{self.method} cannot move latents where boxes cover the whole picture, since its loss compares them"
+                f" with what no box covers; masks still act. The boxes are those of {labels}."
+            )
+
+    def _loss_grids(self, unet: "Any", canvas: "tuple[int, int]") -> "set[tuple[int, int]]":
+        layers, levels = self.choose_layers(unet, canvas), layer_levels(unet)
+        names = [name for kind in self.options.kinds for name in layers.of_kind(layers.loss, unet, kind)]
+        grids = grids_of(*canvas, 1 + max(levels.values()))
+        return {grids[levels[name]] for name in names}
 
     def controlled_prompts(self, pipeline: "Any", call: "CallArguments") -> "list[ControlledPrompt]":
         """The prompts of a call with their objects found and placed.
@@ -4419,13 +4513,24 @@ class BoundBoxControl:
         self, step: "int", timestep: "torch.Tensor", latents: "torch.Tensor", prompt_embeds: "torch.Tensor"
     ) -> "torch.Tensor":
         """Move the latents, if the step is guided; see `BoxControlRun.before_step`."""
+        with held_lora_scale(self.pipeline.unet, self.pipeline.cross_attention_kwargs) as cross_attention_kwargs:
+            return self._before_step(step, timestep, latents, prompt_embeds, cross_attention_kwargs)
+
+    def _before_step(
+        self,
+        step: "int",
+        timestep: "torch.Tensor",
+        latents: "torch.Tensor",
+        prompt_embeds: "torch.Tensor",
+        cross_attention_kwargs: "dict[str, Any] | None",
+    ) -> "torch.Tensor":
         count = len(latents)
         # Parts of other methods may be made for both halves of the batch; then both run, and only the second is read.
         runs_both = len(prompt_embeds) > count and self._has_foreign_parts()
         repeats = len(prompt_embeds) // count if runs_both else 1
         inputs: "dict[str, Any]" = {
             "encoder_hidden_states": prompt_embeds if runs_both else prompt_embeds[-count:],
-            "cross_attention_kwargs": self.pipeline.cross_attention_kwargs,
+            "cross_attention_kwargs": cross_attention_kwargs,
         }
         if self.state.timestep_cond is not None:
             inputs["timestep_cond"] = self.state.timestep_cond
@@ -4440,7 +4545,9 @@ class BoundBoxControl:
             batch = torch.cat([model_input] * repeats) if repeats > 1 else model_input
             run_until(self.pipeline.unet, self.run.last_layers, batch, timestep, **inputs)
 
-        return self.run.before_step(step, latents, scale_input, forward)
+        # Schedulers of second order start every other step from latents that they stored, whatever these here are.
+        is_kept = getattr(self.pipeline.scheduler, "state_in_first_order", True)
+        return self.run.before_step(step, latents, scale_input, forward, is_kept)
 
     def _has_foreign_parts(self) -> "bool":
         """Whether masks or branches of others are installed, which change what the layers compute."""
@@ -4741,7 +4848,9 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
         """Height and width in pixels of the pictures that the UNet was trained on."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+            raise ObjectComposeError(
+                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
+            )
         if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
             size = 64  # those versions wrote a wrong size into the UNet's config
         height, width = (size, size) if isinstance(size, int) else size
@@ -5189,12 +5298,16 @@ class SamplingMixin(StableDiffusionStepsMixin):
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         num_images = 1 if call.num_images_per_prompt is None else call.num_images_per_prompt
+        steps = call.attention_steps
+        if isinstance(steps, Iterable) and not isinstance(steps, str):
+            steps = tuple(steps)  # an iterator can be read once
         return replace(
             call,
             height=height,
             width=width,
             num_images_per_prompt=num_images,
             callback_on_step_end_tensor_inputs=tensor_inputs,
+            attention_steps=steps,
         )
 
     def check_call(self, call: "CallArguments") -> "int":
@@ -6116,13 +6229,14 @@ class MIFOPipeline(
         )
 
     def check_inputs(
-        self, call: "CallArguments", control: "MIFOBoxControl | None"
+        self, call: "CallArguments", control: "MIFOBoxControl | None", use_box_control: "bool" = True
     ) -> "tuple[list[list[PlacedObject]], list[str]]":
         """Refuse what a call cannot use, before any model runs.
 
         Args:
             call: the arguments of a call.
             control: box control of the call's objects; None without objects.
+            use_box_control: whether it is to act.
 
         Returns:
             Per prompt the placed objects (empty lists without objects), and the names of the layers whose attention is
@@ -6135,9 +6249,12 @@ class MIFOPipeline(
         placed: "list[list[PlacedObject]]" = [[] for _ in range(batch_size)]
         if control is not None:
             placed = [prompt.placed for prompt in control.controlled_prompts(self, call)]
+            if use_box_control:
+                control.check(self, call)
         return placed, self.check_attention(call, placed)
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: "str | list[str] | None" = None,
@@ -6196,7 +6313,7 @@ class MIFOPipeline(
         # 1. Refuse bad input; find the objects
         call = self.take_arguments(locals())
         control = None if objects is None else MIFOBoxControl(objects, box_control, loss_layers, map_layers)
-        placed, map_names = self.check_inputs(call, control)
+        placed, map_names = self.check_inputs(call, control, use_box_control)
         warn_unused_fields(placed, type(self).__name__, self._warned_unused)
         placed = [row for row in placed for _ in range(call.num_images_per_prompt)]  # per prompt -> per picture
 

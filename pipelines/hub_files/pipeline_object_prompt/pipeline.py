@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_object_prompt by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.object_prompt_adapter, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.reference_images, objectcompose.pipelines.object_matching, objectcompose.pipelines.token_refinement, objectcompose.pipelines.guidance_options, objectcompose.attention_processors.branch, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.object_regions, objectcompose.pipelines.object_prompts, objectcompose.attention_processors.compiled, objectcompose.pipelines.segment_refinement, objectcompose.pipelines.composition_guidance, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_object_prompt.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.object_prompt_adapter, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.gradient_passes, objectcompose.pipelines.reference_images, objectcompose.pipelines.object_matching, objectcompose.pipelines.token_refinement, objectcompose.pipelines.guidance_options, objectcompose.attention_processors.branch, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.object_regions, objectcompose.pipelines.object_prompts, objectcompose.attention_processors.compiled, objectcompose.pipelines.segment_refinement, objectcompose.pipelines.composition_guidance, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_object_prompt.
 # SPDX-License-Identifier: Apache-2.0
 
 """ObjectPromptPipeline: a prompt and pictures of objects to a picture with these objects, in a layout of its own.
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import torch
 import torch.nn.functional as F
+import weakref
 from PIL import Image
 from PIL import ImageOps
 from collections.abc import Callable
@@ -89,6 +90,7 @@ from transformers import CLIPVisionModelWithProjection
 from transformers import Dinov2Model
 from typing import Any
 from typing import Literal
+from typing import TypeVar
 from typing import get_args
 from typing import get_type_hints
 
@@ -2633,12 +2635,16 @@ def adapter_class_of(pipeline_class: "type") -> "Any":
 
 # --- objectcompose.pipelines.call_arguments
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_REFERENCE_TO_SHARED = "All other arguments are those of `CallArguments`."
+
+
 @dataclass(frozen=True, eq=False)
 class CallArguments:
     """The arguments that the call of every pipeline takes.
 
     Attributes:
-        prompt: one prompt or a list of B prompts.
+        prompt: one prompt or a list of B prompts; None with `prompt_embeds`.
         height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
         width: as `height`.
         num_inference_steps: number of denoising steps.
@@ -2655,13 +2661,14 @@ class CallArguments:
         ip_adapter_image: one picture (or list) per loaded IP-Adapter.
         ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
         output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
-        return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+        return_dict: return the output as a dataclass, or as the tuple of its fields.
         cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
-        guidance_rescale: see `rescale_guided_noise`.
+        guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
             return tensors that replace the loop's.
-        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
+            "negative_prompt_embeds".
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -2701,6 +2708,20 @@ class CallArguments:
     def lora_scale(self) -> "float | None":
         """Strength of LoRA layers, for the text encoder."""
         return None if self.cross_attention_kwargs is None else self.cross_attention_kwargs.get("scale")
+
+
+def describes_shared_arguments(call: "_Call") -> "_Call":
+    """Complete the docstring of a pipeline's `__call__`, so that `help` names all of its arguments.
+
+    What `CallArguments` says of the shared ones takes the place of the sentence that refers to it. Without docstrings
+    (`python -OO`) there is nothing to complete.
+    """
+    if call.__doc__ is not None:
+        own, found, rest = inspect.cleandoc(call.__doc__).partition(f"\n\n{_REFERENCE_TO_SHARED}\n")
+        assert found, f"{call} must refer to the shared arguments"
+        shared = inspect.cleandoc(CallArguments.__doc__ or "").partition("Attributes:\n")[2]
+        call.__doc__ = f"{own}\n{shared}\n{rest}"
+    return call
 
 
 @dataclass(eq=False)
@@ -3479,7 +3500,9 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
         """Height and width in pixels of the pictures that the UNet was trained on."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+            raise ObjectComposeError(
+                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
+            )
         if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
             size = 64  # those versions wrote a wrong size into the UNet's config
         height, width = (size, size) if isinstance(size, int) else size
@@ -3867,6 +3890,52 @@ def check_parts(parts: "Any") -> "None":
             raise ObjectComposeError(
                 f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
             )
+
+
+# --- objectcompose.pipelines.gradient_passes
+
+def check_gradients_allowed(unet: "Any", argument: "str", remedy: "str") -> "None":
+    """Refuse what needs gradients where inference mode, of the call or of the weights, forbids them.
+
+    Args:
+        unet: the model that gradients go through.
+        argument: what asks for them, for the message.
+        remedy: what to do instead, likewise.
+
+    Raises:
+        ObjectComposeError: they are forbidden.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ObjectComposeError(f"`{argument}` needs gradients, which inference mode forbids; {remedy}.")
+    if any(weight.is_inference() for weight in unet.parameters()):
+        raise ObjectComposeError(
+            f"`{argument}` needs gradients, which a `unet` that was made in inference mode forbids; {remedy}."
+        )
+
+
+@contextmanager
+def held_lora_scale(unet: "Any", cross_attention_kwargs: "dict[str, Any] | None") -> "Iterator[dict[str, Any] | None]":
+    """LoRA layers at the scale that a call asks for, in forward passes of the block and in their backward passes.
+
+    The UNet takes a scale back as soon as its forward ends, and gradient checkpointing runs its blocks again later.
+
+    Args:
+        unet: the model.
+        cross_attention_kwargs: of the call; `scale` is that of LoRA, which needs PEFT.
+
+    Yields:
+        What to pass to the UNet inside the block.
+    """
+    scale = None if cross_attention_kwargs is None else cross_attention_kwargs.get("scale")
+    if scale is None or not USE_PEFT_BACKEND:
+        yield cross_attention_kwargs
+        return
+    assert cross_attention_kwargs is not None
+    scale_lora_layers(unet, scale)
+    try:
+        yield {name: value for name, value in cross_attention_kwargs.items() if name != "scale"}
+    finally:
+        unscale_lora_layers(unet, scale)
 
 
 # --- objectcompose.pipelines.reference_images
@@ -4511,8 +4580,7 @@ def _check_refinable(pipeline: "Any", parts: "Sequence[Any]") -> "None":
     if kind not in PREDICTION_TYPES:
         raise ObjectComposeError(f"`scheduler` must predict one of {', '.join(PREDICTION_TYPES)}, got {kind!r}.")
     signal_share(pipeline.scheduler, 0)
-    if torch.is_inference_mode_enabled():
-        raise ObjectComposeError(f"`refinement_steps` needs gradients, which inference mode forbids; {remedy}.")
+    check_gradients_allowed(pipeline.unet, "refinement_steps", remedy)
     if any(parameter.device.type == "meta" for parameter in pipeline.unet.parameters()):
         raise ObjectComposeError(f"`refinement_steps` cannot work under sequential offloading; {remedy}.")
     for index, part in enumerate(parts):
@@ -4823,8 +4891,10 @@ def cached_projection(
 ) -> "KeysValues":
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
-    Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity and
-    version. Nothing is cached while gradients flow into the result.
+    Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity,
+    memory and version (only a write into `weight.data` is no new version). What inference mode made serves in it
+    alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
+    weights lives: once they are moved to another device, as offloading does, replaced or gone, the cache is cleared.
 
     Args:
         cache: a dictionary that the caller keeps (and may clear); one per use.
@@ -4836,22 +4906,30 @@ def cached_projection(
     weights = tuple(parameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *weights)):
         return project(*tokens)
-    # The weights themselves are held, so that an address cannot be used again by other weights.
-    versions = tuple((weight, weight.data_ptr(), _content_version(weight)) for weight in weights)
-    if cache and _same_weights(cache["weights"], versions) and _same_content(cache["tokens"], tokens):
+    is_inference = torch.is_inference_mode_enabled()
+    is_known = cache and cache["is_inference"] == is_inference and _same_weights(cache["weights"], weights)
+    if is_known and _same_content(cache["tokens"], tokens):
         return cache["keys_values"]
     keys_values = project(*tokens)
-    cache.update(tokens=tuple(x.detach().clone() for x in tokens), weights=versions, keys_values=keys_values)
+    # Only now, since offloading moves weights to the device when they are used.
+    known = [
+        (weakref.ref(one), weakref.ref(one.untyped_storage(), lambda _: cache.clear()), *_version(one))
+        for one in weights
+    ]
+    copies = tuple(x.detach().clone() for x in tokens)
+    cache.update(tokens=copies, weights=known, keys_values=keys_values, is_inference=is_inference)
     return keys_values
 
 
-def _content_version(tensor: "torch.Tensor") -> "int":
-    return 0 if tensor.is_inference() else tensor._version
+def _version(weight: "torch.Tensor") -> "tuple[int, int]":
+    """Where in its memory a weight lies, and how often that was written."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def _same_weights(known: "Sequence[tuple]", current: "Sequence[tuple]") -> "bool":
-    return len(known) == len(current) and all(
-        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known, current, strict=True)
+def _same_weights(known: "Sequence[tuple]", weights: "Sequence[torch.Tensor]") -> "bool":
+    return len(known) == len(weights) and all(
+        one() is weight and memory() is weight.untyped_storage() and version == list(_version(weight))
+        for (one, memory, *version), weight in zip(known, weights, strict=True)
     )
 
 
@@ -4886,6 +4964,9 @@ class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
             for null, shown in zip(self.nulls[layer], self.shown[layer], strict=True)
         )
         return key, value
+
+    def __contains__(self, layer: "object") -> "bool":  # that of `Mapping` would put keys and values together
+        return layer in self.shown
 
     def __iter__(self) -> "Iterator[str]":
         return iter(self.shown)
@@ -5617,11 +5698,12 @@ class SegmentRefiner:
         pipeline, refinement = self.pipeline, self.refinement
         models = (pipeline.unet, pipeline.vae, pipeline.tiny_vae, pipeline.dino, pipeline.adapter)
         quiet = use_parts(pipeline.unet, (), outer_probes=False)  # what probes measure is the sampling itself
-        with torch.enable_grad(), frozen_parameters(models), quiet:
+        lora = held_lora_scale(pipeline.unet, pipeline.cross_attention_kwargs)
+        with torch.enable_grad(), frozen_parameters(models), quiet, lora as cross_attention_kwargs:
             # In two halves, meeting at the values: offloading may move the adapter away once the UNet runs.
             values = {name: value.detach().requires_grad_() for name, value in self.branch.values.items()}
             self.branch.values = values
-            losses = self.losses(state, timestep)
+            losses = self.losses(state, timestep, cross_attention_kwargs)
             scale = HALF_LOSS_SCALE if pipeline.unet.dtype == torch.float16 else 1.0
             slopes = torch.autograd.grad(losses.sum() * scale, list(values.values()))
             tokens = refinement.tokens.clone().requires_grad_()
@@ -5634,13 +5716,15 @@ class SegmentRefiner:
             changed[self.places] = refinement.tokens.to(changed)
             self.branch.values = pipeline.adapter.values_of(changed.flatten(1, 2))
 
-    def losses(self, state: "SamplingState", timestep: "torch.Tensor") -> "torch.Tensor":
+    def losses(
+        self, state: "SamplingState", timestep: "torch.Tensor", cross_attention_kwargs: "dict[str, Any] | None"
+    ) -> "torch.Tensor":
         """1 - cosine of each target's segment and prompt, `(K,)`, differentiable in the branch's values.
 
-        0 for objects that are done.
+        0 for objects that are done. `cross_attention_kwargs` are for the UNet, see `held_lora_scale`.
         """
         pipeline = self.pipeline
-        clean = self.clean_latents(state, timestep)
+        clean = self.clean_latents(state, timestep, cross_attention_kwargs)
         active = [index for index in range(len(self.targets)) if self.refinement.active[index]]
         shown = sorted({self.targets[index].picture for index in active})
         decoder = pipeline.vae if pipeline.tiny_vae is None else pipeline.tiny_vae
@@ -5659,7 +5743,9 @@ class SegmentRefiner:
         losses[active] = 1 - (features * references).sum(-1)
         return losses
 
-    def clean_latents(self, state: "SamplingState", timestep: "torch.Tensor") -> "torch.Tensor":
+    def clean_latents(
+        self, state: "SamplingState", timestep: "torch.Tensor", cross_attention_kwargs: "dict[str, Any] | None"
+    ) -> "torch.Tensor":
         """x0 `(M, C, h, w)` as the conditional half predicts it in one step, float32."""
         pipeline = self.pipeline
         count = len(state.latents)
@@ -5674,7 +5760,7 @@ class SegmentRefiner:
             timestep,
             encoder_hidden_states=state.prompt_embeds[-count:],
             timestep_cond=state.timestep_cond,
-            cross_attention_kwargs=pipeline.cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs,
             added_cond_kwargs=extra,
             return_dict=False,
         )[0]
@@ -6382,12 +6468,16 @@ class SamplingMixin(StableDiffusionStepsMixin):
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         num_images = 1 if call.num_images_per_prompt is None else call.num_images_per_prompt
+        steps = call.attention_steps
+        if isinstance(steps, Iterable) and not isinstance(steps, str):
+            steps = tuple(steps)  # an iterator can be read once
         return replace(
             call,
             height=height,
             width=width,
             num_images_per_prompt=num_images,
             callback_on_step_end_tensor_inputs=tensor_inputs,
+            attention_steps=steps,
         )
 
     def check_call(self, call: "CallArguments") -> "int":
@@ -6857,8 +6947,8 @@ class ObjectPromptPipeline(
 ):
     """Text and object pictures to picture, with any checkpoint of the Stable Diffusion 1.x/2.x layout.
 
-    Without `objects`, `parts` and `return_attention`, or with every `scale` 0, a call returns bit for bit what
-    `StableDiffusionPipeline` returns with the same components, arguments and generator.
+    Without `parts` and `return_attention`, and without `objects` or with every `scale` 0 and no `background`, a call
+    returns bit for bit what `StableDiffusionPipeline` returns with the same components, arguments and generator.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker: as in `StableDiffusionPipeline`.
@@ -7029,6 +7119,7 @@ class ObjectPromptPipeline(
         return ObjectPromptBranch(adapter, pack_tokens(key_tokens, value_tokens, null, slots), self._caches)
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: "str | list[str] | None" = None,

@@ -79,18 +79,23 @@ from transformers import CLIPTokenizer
 from transformers import CLIPVisionModelWithProjection
 from typing import Any
 from typing import Literal
+from typing import TypeVar
 from typing import get_args
 from typing import get_type_hints
 
 
 # --- objectcompose.pipelines.call_arguments
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_REFERENCE_TO_SHARED = "All other arguments are those of `CallArguments`."
+
+
 @dataclass(frozen=True, eq=False)
 class CallArguments:
     """The arguments that the call of every pipeline takes.
 
     Attributes:
-        prompt: one prompt or a list of B prompts.
+        prompt: one prompt or a list of B prompts; None with `prompt_embeds`.
         height: of the pictures, in pixels; a multiple of 8. Default: the given latents' size, else the UNet's.
         width: as `height`.
         num_inference_steps: number of denoising steps.
@@ -107,13 +112,14 @@ class CallArguments:
         ip_adapter_image: one picture (or list) per loaded IP-Adapter.
         ip_adapter_image_embeds: its embeddings instead, one tensor per IP-Adapter, negative rows first.
         output_type: "pil", "np", "pt" or "latent"; see `ComposeOutput.images`.
-        return_dict: return a `ComposeOutput`, or the tuple (images, nsfw, objects, attention).
+        return_dict: return the output as a dataclass, or as the tuple of its fields.
         cross_attention_kwargs: reach the attention processors; `{"scale": x}` is the strength of LoRA.
-        guidance_rescale: see `rescale_guided_noise`.
+        guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
             return tensors that replace the loop's.
-        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds.
+        callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
+            "negative_prompt_embeds".
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -153,6 +159,20 @@ class CallArguments:
     def lora_scale(self) -> "float | None":
         """Strength of LoRA layers, for the text encoder."""
         return None if self.cross_attention_kwargs is None else self.cross_attention_kwargs.get("scale")
+
+
+def describes_shared_arguments(call: "_Call") -> "_Call":
+    """Complete the docstring of a pipeline's `__call__`, so that `help` names all of its arguments.
+
+    What `CallArguments` says of the shared ones takes the place of the sentence that refers to it. Without docstrings
+    (`python -OO`) there is nothing to complete.
+    """
+    if call.__doc__ is not None:
+        own, found, rest = inspect.cleandoc(call.__doc__).partition(f"\n\n{_REFERENCE_TO_SHARED}\n")
+        assert found, f"{call} must refer to the shared arguments"
+        shared = inspect.cleandoc(CallArguments.__doc__ or "").partition("Attributes:\n")[2]
+        call.__doc__ = f"{own}\n{shared}\n{rest}"
+    return call
 
 
 @dataclass(eq=False)
@@ -3164,7 +3184,9 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
         """Height and width in pixels of the pictures that the UNet was trained on."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ObjectComposeError("`height` and `width` are needed: the UNet's config has no `sample_size`.")
+            raise ObjectComposeError(
+                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
+            )
         if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
             size = 64  # those versions wrote a wrong size into the UNet's config
         height, width = (size, size) if isinstance(size, int) else size
@@ -3612,12 +3634,16 @@ class SamplingMixin(StableDiffusionStepsMixin):
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         num_images = 1 if call.num_images_per_prompt is None else call.num_images_per_prompt
+        steps = call.attention_steps
+        if isinstance(steps, Iterable) and not isinstance(steps, str):
+            steps = tuple(steps)  # an iterator can be read once
         return replace(
             call,
             height=height,
             width=width,
             num_images_per_prompt=num_images,
             callback_on_step_end_tensor_inputs=tensor_inputs,
+            attention_steps=steps,
         )
 
     def check_call(self, call: "CallArguments") -> "int":
@@ -4563,6 +4589,7 @@ class TokenComposePipeline(
         return placed, self.check_attention(call, placed)
 
     @torch.no_grad()
+    @describes_shared_arguments
     def __call__(
         self,
         prompt: "str | list[str] | None" = None,

@@ -1,0 +1,56 @@
+"""What passes with gradients need while a call samples: that they are possible, and LoRA at one scale throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+
+from objectcompose.errors import ObjectComposeError
+
+
+def check_gradients_allowed(unet: Any, argument: str, remedy: str) -> None:
+    """Refuse what needs gradients where inference mode, of the call or of the weights, forbids them.
+
+    Args:
+        unet: the model that gradients go through.
+        argument: what asks for them, for the message.
+        remedy: what to do instead, likewise.
+
+    Raises:
+        ObjectComposeError: they are forbidden.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ObjectComposeError(f"`{argument}` needs gradients, which inference mode forbids; {remedy}.")
+    if any(weight.is_inference() for weight in unet.parameters()):
+        raise ObjectComposeError(
+            f"`{argument}` needs gradients, which a `unet` that was made in inference mode forbids; {remedy}."
+        )
+
+
+@contextmanager
+def held_lora_scale(unet: Any, cross_attention_kwargs: dict[str, Any] | None) -> Iterator[dict[str, Any] | None]:
+    """LoRA layers at the scale that a call asks for, in forward passes of the block and in their backward passes.
+
+    The UNet takes a scale back as soon as its forward ends, and gradient checkpointing runs its blocks again later.
+
+    Args:
+        unet: the model.
+        cross_attention_kwargs: of the call; `scale` is that of LoRA, which needs PEFT.
+
+    Yields:
+        What to pass to the UNet inside the block.
+    """
+    scale = None if cross_attention_kwargs is None else cross_attention_kwargs.get("scale")
+    if scale is None or not USE_PEFT_BACKEND:
+        yield cross_attention_kwargs
+        return
+    assert cross_attention_kwargs is not None
+    scale_lora_layers(unet, scale)
+    try:
+        yield {name: value for name, value in cross_attention_kwargs.items() if name != "scale"}
+    finally:
+        unscale_lora_layers(unet, scale)
