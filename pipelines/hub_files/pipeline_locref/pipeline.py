@@ -6078,9 +6078,9 @@ class HubSavingMixin(FolderPushMixin):
                 config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: "Any") -> "Any":
+    def _dict_from_json_file(cls, json_file: "Any", **options: "Any") -> "Any":
         """Read `model_index.json`; an explicit class was asked for, so the pointer to the repository's is dropped."""
-        index = super()._dict_from_json_file(json_file)  # type: ignore[misc]
+        index = super()._dict_from_json_file(json_file, **options)  # type: ignore[misc]
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][1]
         return index
