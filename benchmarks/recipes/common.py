@@ -101,6 +101,12 @@ def record_outcome(
     write_atomically(RESULTS_FOLDER / f"{name}_sheet.png", sheet.read_bytes())
 
 
+def model_file(folder: Path) -> Path:
+    """The one file of weights in a folder that training wrote: what result files hold the hash of."""
+    [path] = folder.glob("*.safetensors")
+    return path
+
+
 def left_out(arms: Sequence[str], known: Sequence[str]) -> str:
     """What a protocol says of arms that a preset has no time for."""
     missing = [name for name in known if name not in arms]

@@ -32,6 +32,7 @@ from benchmarks.recipes.common import (
     choose_candidate,
     command_line,
     left_out,
+    model_file,
     parse_recipe,
     recipe_parser,
     record_outcome,
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(out, "reproduce-locref", metrics, protocol, rows, {"size": repr(recipe.size)})
     print(f"sheet: {(sheet := save_sheet(recipe))}")
     if args.record:
-        trained = {name: path for name in recipe.arm_names if (path := recipe.weights(name)) is not None}
+        trained = {name: model_file(path) for name in recipe.arm_names if (path := recipe.weights(name)) is not None}
         record_outcome(
             args,
             metrics,

@@ -18,6 +18,7 @@ COMPARISONS = {
     "tokencompose_base": ("tokencompose", "base"),
     "largest_weights_ldm": ("largest_weights", "ldm"),
     "sepen_base": ("sepen", "base"),
+    "sepen_short_base": ("sepen_short", "base"),
 }
 
 

@@ -267,6 +267,7 @@ def test_a_request_checks_its_values(tmp_path):
 
 
 def test_a_missing_toybox_is_said(monkeypatch, tmp_path):
+    pytest.importorskip("gradio")
     monkeypatch.setenv(weights.ENVIRONMENT_VARIABLE, str(tmp_path))
     assert list(offered_methods()) == ["plain", "mifo"]
     with pytest.raises(CheckpointError, match=r"toybox\.json"):
