@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from objectcompose.adapters.unet_delta import UNetDelta
 from objectcompose.evaluation.models import load_unet
@@ -103,7 +104,7 @@ def record_outcome(
 
 def model_file(folder: Path) -> Path:
     """The one file of weights in a folder that training wrote: what result files hold the hash of."""
-    [path] = folder.glob("*.safetensors")
+    [path] = [folder / name for name in (DELTA_NAME, SAFETENSORS_WEIGHTS_NAME) if (folder / name).is_file()]
     return path
 
 
