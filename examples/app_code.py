@@ -45,7 +45,7 @@ def python_lines(request: PaintRequest, device: str) -> str:
 
 
 def _imports(method: PageMethod) -> list[str]:
-    public = {"delta": ["UNetDelta"], "instances": ["load_instances"]}.get(method.kind, [])
+    public = {"delta": ["UNetDelta"], "instances": ["load_instances"]}.get(method.kind or "", [])
     names = [
         f"from objectcompose import {', '.join(sorted(['load_layout', *public]))}",
         "from objectcompose.pipelines.generate import load_checkpoint",
