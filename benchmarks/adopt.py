@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.recipes.common import model_file
 from objectcompose.adapters.model_card import ModelCardFacts, figures_from_result, write_model_card
@@ -115,7 +116,7 @@ def card_facts(name: str, card: str) -> ModelCardFacts:
     )
 
 
-def _result(name: str) -> dict:
+def _result(name: str) -> dict[str, Any]:
     path = RESULTS_FOLDER / f"{name}_toybox.json"
     if not path.is_file():
         raise ObjectComposeError(f"{path} is not there: nothing was measured yet.")

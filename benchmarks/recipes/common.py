@@ -22,6 +22,7 @@ from objectcompose.evaluation.results import RESULTS_FOLDER, measured_checkout, 
 from objectcompose.evaluation.statistics import interval_metrics, paired_difference
 from objectcompose.files import write_atomically
 from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.toybox.weights import toybox_path
 from objectcompose.training.export import DELTA_NAME
 
 
@@ -106,6 +107,12 @@ def model_file(folder: Path) -> Path:
     """The one file of weights in a folder that training wrote: what result files hold the hash of."""
     [path] = [folder / name for name in (DELTA_NAME, SAFETENSORS_WEIGHTS_NAME) if (folder / name).is_file()]
     return path
+
+
+def measured_weights(arms: Sequence[str], weights: Callable[[str], Path | None]) -> dict[str, Path]:
+    """What a result file holds hashes of: the base, and the file of each arm that `weights` has some of."""
+    folders = {name: weights(name) for name in arms}
+    return {"base": toybox_path("base"), **{name: model_file(one) for name, one in folders.items() if one is not None}}
 
 
 def left_out(arms: Sequence[str], known: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
 """LocRef-Diffusion on the toybox: what masks, composite image, projection and loss weights do, beside two rivals.
 
     make reproduce-locref PRESET=smoke        # 3 minutes on two cores: does the object move with its box?
-    make reproduce-locref PRESET=cpu          # about 4 hours on two cores; run it again to go on
+    make reproduce-locref PRESET=cpu          # about 2.5 hours on one core; run it again to go on
     make reproduce-locref PRESET=gpu
 
-Every trained arm, the rival IP-Adapter among them, sees the same scenes for the same number of steps and is tuned on
-the dev layouts by the same number of trials. The pictures of all arms start from the same noise. Outcomes go to
-`<out>/report.json` and `sheet.png`, with `--record` also to `benchmarks/results/locref_toybox.json`.
+Every trained arm, the rival IP-Adapter among them, sees the same scenes for the same number of steps at the same
+learning rate (gpu: is tuned on the dev layouts by the same number of trials). The pictures of all arms start from the
+same noise. Outcomes go to `<out>/report.json` and `sheet.png`, with `--record` also to
+`benchmarks/results/locref_toybox.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from benchmarks.recipes.common import (
     choose_candidate,
     command_line,
     left_out,
-    model_file,
+    measured_weights,
     parse_recipe,
     recipe_parser,
     record_outcome,
@@ -270,7 +271,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(out, "reproduce-locref", metrics, protocol, rows, {"size": repr(recipe.size)})
     print(f"sheet: {(sheet := save_sheet(recipe))}")
     if args.record:
-        trained = {name: model_file(path) for name in recipe.arm_names if (path := recipe.weights(name)) is not None}
         record_outcome(
             args,
             metrics,
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             protocol,
             sheet,
             seeds=list(range(recipe.size.rounds)),
-            weights={"base": toybox_path("base"), **trained},
+            weights=measured_weights(recipe.arm_names, recipe.weights),
         )
     return 0
 

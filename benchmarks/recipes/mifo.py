@@ -153,11 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(out, "reproduce-mifo", metrics, protocol, rows, {"size": repr(recipe.size)})
     print(f"sheet: {(sheet := save_sheet(recipe, rows))}")
     if args.record:
-        learned = {
-            f"{scene.name}/{arm}": out / scene.name / arm
+        folders = [
+            out / scene.name / arm / kind
             for scene in chosen_scenes(recipe.size)
             for arm in recipe.arms
-        }
+            for kind in ("embeddings", "weights")
+        ]
+        learned = {str(folder.relative_to(out)): folder for folder in folders if folder.is_dir()}
         record_outcome(
             args,
             metrics,

@@ -42,7 +42,9 @@ ATTENTION_LOSSES: dict[str, Options] = {
     "reward_penalty": {"attention_loss": "both"},
     "separate": {"attention_loss": "both", "sampling": "separate"},
 }
-LEARNING_ARMS = (*(f"{name}{stage}" for name in list(ATTENTION_LOSSES)[:-1] for stage in ("", STAGE2)), "separate")
+LEARNING_ARMS = tuple(
+    f"{name}{stage}" for name in ATTENTION_LOSSES for stage in ("", STAGE2) if (name, stage) != ("separate", STAGE2)
+)
 #: What the synthesis arms call the pipeline with; "full" is what the learning arms are painted with, too.
 CONTROLS: dict[str, Row] = {
     "no_control": {"use_box_control": False},

@@ -37,7 +37,7 @@ from benchmarks.recipes.common import (
     check_arms,
     choices,
     choose_candidate,
-    model_file,
+    measured_weights,
     parse_recipe,
     recipe_parser,
     record_outcome,
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             protocol,
             out / "sheet.png",
             seeds=list(range(max(recipe.size.streams.rounds, recipe.size.guidance.rounds))),
-            weights={"base": toybox_path("base"), **{name: model_file(recipe.weights(name)) for name in STREAM_ARMS}},
+            weights=measured_weights(STREAM_ARMS, recipe.weights),
             timing_fields=("seconds_a", "seconds_b", "seconds_segment"),
         )
     return 0

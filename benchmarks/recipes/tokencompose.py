@@ -36,7 +36,7 @@ from benchmarks.recipes.common import (
     choose_candidate,
     left_out,
     load_arm,
-    model_file,
+    measured_weights,
     parse_recipe,
     recipe_parser,
     record_outcome,
@@ -57,7 +57,7 @@ from objectcompose.evaluation.toybox_prompts import toybox_pairs, toybox_prompts
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.scenes import list_objects
-from objectcompose.toybox.weights import active_preset, toybox_path
+from objectcompose.toybox.weights import active_preset
 from objectcompose.training import train_separate_enhance, train_token_compose
 from objectcompose.training.grounded_captions import ToyboxCaptions
 from objectcompose.training.token_compose_losses import SUPERVISED_LAYERS
@@ -365,7 +365,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(out, "reproduce-tokencompose", {**metrics, **stated}, protocol, rows, {"size": repr(recipe.size)})
     print(f"sheet: {(sheet := save_sheet(recipe, rows))}")
     if args.record:
-        trained = {name: model_file(path) for name in recipe.arm_names if (path := recipe.weights(name)) is not None}
         record_outcome(
             args,
             {**metrics, **stated},
@@ -373,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             protocol,
             sheet,
             seeds=list(range(recipe.size.rounds)),
-            weights={"base": toybox_path("base"), **trained},
+            weights=measured_weights(recipe.arm_names, recipe.weights),
             stated=sorted(stated),
             timing_fields=("seconds_a", "seconds_b"),
         )
