@@ -3,8 +3,9 @@
     python -m benchmarks.adopt tokencompose outputs/reproduce/tokencompose-cpu
     python -m benchmarks.adopt locref outputs/reproduce/locref-cpu
     python -m benchmarks.adopt object_prompt outputs/reproduce/object-prompt-cpu
+    python -m benchmarks.adopt mifo outputs/reproduce/mifo-cpu
 
-The folder is the recipe's; the weights are taken only if their hash is the one that the result file holds.
+The folder is the recipe's; weights are taken only if the result file holds their hash.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recipes.common import model_file
 from objectcompose.adapters.model_card import ModelCardFacts, figures_from_result, write_model_card
 from objectcompose.errors import ObjectComposeError
 from objectcompose.evaluation.results import RESULTS_FOLDER, hash_weights
@@ -31,12 +31,18 @@ class Adopted:
     """What the repository carries of one method.
 
     Attributes:
-        arm: of the recipe.
+        arm: folder of the run that is taken from.
         figures: of its result file, for the card.
+        parts: folders of the arm, and where in the repository's folder their files go.
+        pictures: folder of the run with the pictures that go along.
+        usage: what the card's summary says besides the trainer's.
     """
 
     arm: str
     figures: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...] = (("weights", "."),)
+    pictures: str = ""
+    usage: str = ""
 
 
 ADOPTED = {
@@ -55,21 +61,32 @@ ADOPTED = {
         ("identity.mixed", "diversity.mixed", "category.mixed", "identity.unguided", "identity.guided",
          "matching_accuracy.distinct"),
     ),
+    "mifo": Adopted(
+        "test-alike-0/reward_penalty_stage2",
+        ("identity.reward_penalty_stage2.alike", "identity.reward_stage2.alike",
+         "identity_diff.reward_penalty_reward_stage2.alike", "leakage.reward_penalty_stage2",
+         "synthesis.leakage.in_box", "synthesis.leakage.no_control"),
+        parts=(("embeddings", "embeddings"), ("weights", "weights")),
+        pictures="test-alike-0/data",
+        usage="They are two look-alikes of `img.png`, under `mask0.png` and `mask1.png`. `embeddings` is for"
+              " `load_textual_inversion`, `weights` for `load_lora_weights`;"
+              " `objectcompose.pipelines.learned_instances.load_instances` loads both.",
+    ),
 }  # fmt: skip
 DATA_LICENSE = "scenes: see toybox/pictures/LICENSES.md"
 
 
-def measured_hash(name: str) -> str:
-    """Hash of the weights that the result file of a method speaks of.
+def measured_hashes(name: str) -> set[str]:
+    """Hashes of the trained weights that the result file of a method speaks of.
 
     Raises:
         ObjectComposeError: there is no such file.
     """
-    return _result(name)["weights"][ADOPTED[name].arm]
+    return {digest for weights, digest in _result(name)["weights"].items() if weights != "base"}
 
 
 def adopt(name: str, run: Path) -> Path:
-    """Copy the weights and their configuration, and write their card.
+    """Copy the weights and what belongs to them, and write their card.
 
     Args:
         name: one of `ADOPTED`.
@@ -81,14 +98,23 @@ def adopt(name: str, run: Path) -> Path:
     Raises:
         ObjectComposeError: nothing was measured, or other weights were.
     """
-    source, target = run / ADOPTED[name].arm / "weights", toybox_path(name)
-    weights = model_file(source)
-    if hash_weights(weights) != measured_hash(name):
-        raise ObjectComposeError(f"{weights} is not what {RESULTS_FOLDER}/{name}_toybox.json was measured with.")
-    config = source / "config.json"
-    for file in (weights, *([config] if config.is_file() else [])):
-        write_atomically(target / file.name, file.read_bytes())
-    write_model_card(target, card_facts(name, (source / "README.md").read_text(encoding="utf-8")))
+    adopted, target, measured = ADOPTED[name], toybox_path(name), measured_hashes(name)
+    copies = {}
+    for part, place in adopted.parts:
+        source = run / adopted.arm / part
+        weights = sorted(source.glob("*.safetensors"))
+        for file in weights:
+            if hash_weights(file) not in measured:
+                raise ObjectComposeError(f"{file} is not what {RESULTS_FOLDER}/{name}_toybox.json was measured with.")
+        copies |= {file: target / place / file.name for file in [*weights, *source.glob("config.json")]}
+    if not copies:
+        raise ObjectComposeError(f"{run / adopted.arm} holds no weights.")
+    if adopted.pictures:
+        copies |= {file: target / file.name for file in (run / adopted.pictures).glob("*.png")}
+    card = (run / adopted.arm / adopted.parts[0][0] / "README.md").read_text(encoding="utf-8")
+    for file, copy in copies.items():
+        write_atomically(copy, file.read_bytes())
+    write_model_card(target, card_facts(name, card))
     return target
 
 
@@ -100,10 +126,10 @@ def card_facts(name: str, card: str) -> ModelCardFacts:
         card: text of the trainer's.
     """
     title, summary = re.findall(r"^# (.+)\n\n(.+)$", card, re.MULTILINE)[0]
-    result = _result(name)
+    adopted, result = ADOPTED[name], _result(name)
     return ModelCardFacts(
         title=title,
-        summary=summary,
+        summary=f"{summary} {adopted.usage}".strip(),
         base_model="toybox-1",
         base_license="Apache-2.0",
         code_license="Apache-2.0",
@@ -112,7 +138,7 @@ def card_facts(name: str, card: str) -> ModelCardFacts:
         data_license=DATA_LICENSE,
         command=re.findall(r"```\n(.+)\n```", card)[0],
         commit=re.findall(r"^at commit (.+)\.$", card, re.MULTILINE)[0],
-        figures=figures_from_result(result, ADOPTED[name].figures),
+        figures=figures_from_result(result, adopted.figures),
     )
 
 

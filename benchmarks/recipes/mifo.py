@@ -153,13 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(out, "reproduce-mifo", metrics, protocol, rows, {"size": repr(recipe.size)})
     print(f"sheet: {(sheet := save_sheet(recipe, rows))}")
     if args.record:
-        folders = [
-            out / scene.name / arm / kind
-            for scene in chosen_scenes(recipe.size)
-            for arm in recipe.arms
-            for kind in ("embeddings", "weights")
+        arms = [out / scene.name / arm for scene in chosen_scenes(recipe.size) for arm in recipe.arms]
+        learned = [
+            file
+            for arm in arms
+            for part in ("embeddings", "weights")
+            for file in sorted((arm / part).glob("*.safetensors"))
         ]
-        learned = {str(folder.relative_to(out)): folder for folder in folders if folder.is_dir()}
         record_outcome(
             args,
             metrics,
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             protocol,
             sheet,
             seeds=list(range(recipe.size.rounds)),
-            weights={"base": toybox_path("base"), **learned},
+            weights={"base": toybox_path("base"), **{str(file.relative_to(out)): file for file in learned}},
         )
     return 0
 
