@@ -162,8 +162,8 @@ class GuidedRun:
             slot_masks([one.mask for one in row], count)
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
-        is_shared = [
-            bool(count) or any(one.mask is None for one in row)
+        is_free = [
+            [one.mask is None for one in row] + [True] * count
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
         canvas = pipeline.latent_size(self.call.height, self.call.width)
@@ -177,7 +177,7 @@ class GuidedRun:
             step: int, timestep: torch.Tensor, latents: torch.Tensor, prompt_embeds: torch.Tensor
         ) -> torch.Tensor:
             if step in (0, num_grown):
-                self.branch.confine(grown if step < num_grown else masks, canvas, is_shared)
+                self.branch.confine(grown if step < num_grown else masks, canvas, is_free)
             if step in updates:
                 refiner.step(state, timestep)
             return latents

@@ -192,6 +192,6 @@ class ObjectPromptBranch:
         shown = {name: (key, values[name]) for name, (key, _) in kept.shown.items()}
         self.part.keys_values = GuidedKeysValues(kept.nulls, shown)
 
-    def confine(self, masks: SlotMasks, canvas: tuple[int, int], is_shared: Sequence[bool]) -> None:
+    def confine(self, masks: SlotMasks, canvas: tuple[int, int], is_free: Sequence[Sequence[bool]]) -> None:
         """Let each slot act only where its mask is, in both halves; see `SlotRegions`."""
-        self.part.regions = SlotRegions(masks, canvas, is_shared, halves=2)
+        self.part.regions = SlotRegions(masks, canvas, is_free, halves=2)

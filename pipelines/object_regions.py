@@ -16,7 +16,7 @@ from objectcompose.attention_processors.regions import rasterize
 from objectcompose.pipelines.attention_maps import token_grid
 
 
-#: A cell belongs to a region from this coverage on; where prompts share the rest, borders are seen from both sides.
+#: A cell belongs to a region from this coverage on; at the border to what no segment claims, both sides see it.
 HARD_BORDER, SOFT_BORDER = 0.5, 0.25
 
 #: Per picture and slot: a mask (H, W), or None for everywhere. Fewer slots than others: the rest is empty.
@@ -55,20 +55,22 @@ def dilated_masks(masks: SlotMasks, canvas: tuple[int, int], cells: int) -> list
 class SlotRegions:
     """The slots' cells on every grid of the UNet, {0, 1}, as `Branch` asks for them.
 
-    A cell belongs to a slot that covers half of it. Where several prompts share what no segment claims, a quarter is
-    enough, so that both sides see the cells of a border: otherwise objects would look cut out. No mask vanishes: it
-    has at least the cell that it covers most.
+    A cell belongs to a slot that covers half of it. At borders between a segment and what no segment claims a quarter
+    is enough, so that both sides see these cells: otherwise objects would look cut out. Between two segments it is
+    not: there objects would leak. No mask vanishes: it has at least the cell that it covers most.
 
     Args:
         masks: per picture its slots.
         canvas: (h, w), sides of the latents.
-        is_shared: per picture, whether some slot has what no segment claims.
+        is_free: per picture and slot, whether its mask is what no segment claims.
         halves: how often the pictures stand in the batch: 2 for `[uncond, cond]`.
     """
 
-    def __init__(self, masks: SlotMasks, canvas: tuple[int, int], is_shared: Sequence[bool], halves: int = 1):
+    def __init__(
+        self, masks: SlotMasks, canvas: tuple[int, int], is_free: Sequence[Sequence[bool]], halves: int = 1
+    ) -> None:
         self.masks, self.canvas, self.halves = masks, canvas, halves
-        self.borders = [SOFT_BORDER if shared else HARD_BORDER for shared in is_shared]
+        self.is_free = [torch.tensor(row) for row in is_free]
         self.num_slots = max(len(row) for row in masks)
 
     def at_tokens(self, num_tokens: int, device: Any = None) -> torch.Tensor:
@@ -76,18 +78,26 @@ class SlotRegions:
         grid = token_grid(num_tokens, *self.canvas)
         regions = torch.zeros(len(self.masks), self.num_slots, *grid)
         for picture, row in enumerate(self.masks):
-            for slot, mask in enumerate(row):
-                regions[picture, slot] = _cells_of(mask, grid, self.borders[picture])
+            regions[picture, : len(row)] = _cells_of(row, self.is_free[picture], grid)
         return regions.repeat(self.halves, 1, 1, 1).to(device)
 
 
-def _cells_of(mask: torch.Tensor | None, grid: tuple[int, int], border: float) -> torch.Tensor:
+def _cells_of(masks: Sequence[torch.Tensor | None], is_free: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """`(slots, h, w)`, {0, 1}: the cells of one picture's slots."""
+    shares = torch.stack([_share_of(mask, grid) for mask in masks])
+    cells = shares >= HARD_BORDER
+    if is_free.any():
+        touched = shares >= SOFT_BORDER
+        segments = (touched & ~is_free[:, None, None]).sum(0)  # how many touch the cell
+        cells |= touched & (is_free[:, None, None] | (segments == 1))
+    for share, own in zip(shares, cells, strict=True):
+        if share.any() and not own.any():
+            own.view(-1)[int(share.argmax())] = True
+    return cells.float()
+
+
+def _share_of(mask: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
+    """`(h, w)`, in [0, 1]: how much of each cell the mask covers; masks may be empty here."""
     if mask is None:
         return torch.ones(grid)
-    if not mask.any():
-        return torch.zeros(grid)
-    share = rasterize(mask, grid, "area")
-    cells = (share >= border).float()
-    if not cells.any():
-        cells.view(-1)[int(share.argmax())] = 1.0
-    return cells
+    return rasterize(mask, grid, "area") if mask.any() else torch.zeros(grid)

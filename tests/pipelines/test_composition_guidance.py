@@ -178,7 +178,7 @@ def test_attention_is_confined_to_matched_segments():
         branch: ObjectPromptBranch = pipeline.prompt_branch([objects], [None], 1)
     left = torch.zeros(32, 32)
     left[:, :16] = 1
-    branch.confine([[left, 1 - left]], (16, 16), [False])
+    branch.confine([[left, 1 - left]], (16, 16), [[False, False]])
     weights = branch.part._grid(256, torch.device("cpu")).weights.unflatten(-1, (16, 16))
     assert weights.shape == (2, 2, 16, 16), "rows for both halves"
     for row in weights:

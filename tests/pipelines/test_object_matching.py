@@ -241,17 +241,28 @@ def test_unmatched_objects_and_backgrounds_share_what_nobody_claims():
 
 def test_cells_by_coverage_on_every_level():
     mask = box_mask(0, 8, 0, 5, (16, 16))  # on 4 x 4 cells of 4 pixels: columns covered by 4/4 and 1/4
-    hard = SlotRegions([[mask]], (8, 8), [False])
+    hard = SlotRegions([[mask]], (8, 8), [[False]])
     assert torch.equal(hard.at_tokens(16)[0, 0], box_mask(0, 2, 0, 1, (4, 4)))
-    soft = SlotRegions([[mask, 1 - mask]], (8, 8), [True]).at_tokens(16)[0]
+    soft = SlotRegions([[mask, 1 - mask]], (8, 8), [[False, True]]).at_tokens(16)[0]
     assert torch.equal(soft[0], box_mask(0, 2, 0, 2, (4, 4)))
     assert torch.equal(soft[1], 1 - box_mask(0, 2, 0, 1, (4, 4))), "the border belongs to both"
     assert soft.sum(0).min() == 1
 
 
+@pytest.mark.parametrize("edge", [5, 6, 7])  # of four pixels of the second column the left one covers 1, 2 or 3
+def test_borders_between_segments_stay_hard_beside_free_slots(edge):
+    left, right = box_mask(0, 8, 0, edge, (16, 16)), box_mask(0, 8, edge, 16, (16, 16))
+    free = 1 - left - right
+    alone = SlotRegions([[left, right]], (8, 8), [[False, False]]).at_tokens(16)[0]
+    beside = SlotRegions([[left, right, free]], (8, 8), [[False, False, True]]).at_tokens(16)[0]
+    assert torch.equal(beside[:2], alone) and torch.equal(beside[2], 1 - box_mask(0, 2, 0, 4, (4, 4)))
+
+
 def test_small_objects_keep_a_cell_and_empty_slots_have_none():
     speck = box_mask(3, 4, 3, 4, (16, 16))
-    regions = SlotRegions([[speck, torch.zeros(16, 16), None], [None]], (8, 8), [True, False], halves=2)
+    regions = SlotRegions(
+        [[speck, torch.zeros(16, 16), None], [None]], (8, 8), [[False, False, True], [True]], halves=2
+    )
     cells = regions.at_tokens(4)
     assert cells.shape == (4, 3, 2, 2) and torch.equal(cells[:2], cells[2:])
     assert torch.equal(cells[0, 0], torch.tensor([[1.0, 0], [0, 0]]))
@@ -261,7 +272,7 @@ def test_small_objects_keep_a_cell_and_empty_slots_have_none():
 
 def test_sides_that_are_not_square_and_odd():
     mask = box_mask(0, 20, 0, 14, (20, 28))
-    regions = SlotRegions([[mask]], (5, 7), [False])
+    regions = SlotRegions([[mask]], (5, 7), [[False]])
     assert regions.at_tokens(35).shape == (1, 1, 5, 7) and regions.at_tokens(12).shape == (1, 1, 3, 4)
     assert torch.equal(regions.at_tokens(12)[0, 0], box_mask(0, 3, 0, 2, (3, 4)))
 
@@ -275,7 +286,7 @@ def test_dilation_is_by_cells_of_the_canvas():
 def test_a_slot_acts_in_its_cells_only():
     """Changing one object's tokens changes nothing outside its cells, and every cell sees its own object alone."""
     left = box_mask(0, 16, 0, 8, (16, 16))
-    regions = SlotRegions([[left, 1 - left]], (4, 4), [False])
+    regions = SlotRegions([[left, 1 - left]], (4, 4), [[False, False]])
     query = torch.randn(1, 2, 16, 3)
     key, value = torch.randn(1, 10, 6), torch.randn(1, 10, 6)
 

@@ -5378,7 +5378,7 @@ def _one_cell_each(regions: "torch.Tensor", owners: "torch.Tensor") -> "list[int
 
 # --- objectcompose.pipelines.object_regions
 
-#: A cell belongs to a region from this coverage on; where prompts share the rest, borders are seen from both sides.
+#: A cell belongs to a region from this coverage on; at the border to what no segment claims, both sides see it.
 HARD_BORDER, SOFT_BORDER = 0.5, 0.25
 
 #: Per picture and slot: a mask (H, W), or None for everywhere. Fewer slots than others: the rest is empty.
@@ -5417,20 +5417,22 @@ def dilated_masks(masks: "SlotMasks", canvas: "tuple[int, int]", cells: "int") -
 class SlotRegions:
     """The slots' cells on every grid of the UNet, {0, 1}, as `Branch` asks for them.
 
-    A cell belongs to a slot that covers half of it. Where several prompts share what no segment claims, a quarter is
-    enough, so that both sides see the cells of a border: otherwise objects would look cut out. No mask vanishes: it
-    has at least the cell that it covers most.
+    A cell belongs to a slot that covers half of it. At borders between a segment and what no segment claims a quarter
+    is enough, so that both sides see these cells: otherwise objects would look cut out. Between two segments it is
+    not: there objects would leak. No mask vanishes: it has at least the cell that it covers most.
 
     Args:
         masks: per picture its slots.
         canvas: (h, w), sides of the latents.
-        is_shared: per picture, whether some slot has what no segment claims.
+        is_free: per picture and slot, whether its mask is what no segment claims.
         halves: how often the pictures stand in the batch: 2 for `[uncond, cond]`.
     """
 
-    def __init__(self, masks: "SlotMasks", canvas: "tuple[int, int]", is_shared: "Sequence[bool]", halves: "int" = 1):
+    def __init__(
+        self, masks: "SlotMasks", canvas: "tuple[int, int]", is_free: "Sequence[Sequence[bool]]", halves: "int" = 1
+    ) -> "None":
         self.masks, self.canvas, self.halves = masks, canvas, halves
-        self.borders = [SOFT_BORDER if shared else HARD_BORDER for shared in is_shared]
+        self.is_free = [torch.tensor(row) for row in is_free]
         self.num_slots = max(len(row) for row in masks)
 
     def at_tokens(self, num_tokens: "int", device: "Any" = None) -> "torch.Tensor":
@@ -5438,21 +5440,29 @@ class SlotRegions:
         grid = token_grid(num_tokens, *self.canvas)
         regions = torch.zeros(len(self.masks), self.num_slots, *grid)
         for picture, row in enumerate(self.masks):
-            for slot, mask in enumerate(row):
-                regions[picture, slot] = _cells_of(mask, grid, self.borders[picture])
+            regions[picture, : len(row)] = _cells_of(row, self.is_free[picture], grid)
         return regions.repeat(self.halves, 1, 1, 1).to(device)
 
 
-def _cells_of(mask: "torch.Tensor | None", grid: "tuple[int, int]", border: "float") -> "torch.Tensor":
+def _cells_of(masks: "Sequence[torch.Tensor | None]", is_free: "torch.Tensor", grid: "tuple[int, int]") -> "torch.Tensor":
+    """`(slots, h, w)`, {0, 1}: the cells of one picture's slots."""
+    shares = torch.stack([_share_of(mask, grid) for mask in masks])
+    cells = shares >= HARD_BORDER
+    if is_free.any():
+        touched = shares >= SOFT_BORDER
+        segments = (touched & ~is_free[:, None, None]).sum(0)  # how many touch the cell
+        cells |= touched & (is_free[:, None, None] | (segments == 1))
+    for share, own in zip(shares, cells, strict=True):
+        if share.any() and not own.any():
+            own.view(-1)[int(share.argmax())] = True
+    return cells.float()
+
+
+def _share_of(mask: "torch.Tensor | None", grid: "tuple[int, int]") -> "torch.Tensor":
+    """`(h, w)`, in [0, 1]: how much of each cell the mask covers; masks may be empty here."""
     if mask is None:
         return torch.ones(grid)
-    if not mask.any():
-        return torch.zeros(grid)
-    share = rasterize(mask, grid, "area")
-    cells = (share >= border).float()
-    if not cells.any():
-        cells.view(-1)[int(share.argmax())] = 1.0
-    return cells
+    return rasterize(mask, grid, "area") if mask.any() else torch.zeros(grid)
 
 
 # --- objectcompose.pipelines.object_prompts
@@ -5618,9 +5628,9 @@ class ObjectPromptBranch:
         shown = {name: (key, values[name]) for name, (key, _) in kept.shown.items()}
         self.part.keys_values = GuidedKeysValues(kept.nulls, shown)
 
-    def confine(self, masks: "SlotMasks", canvas: "tuple[int, int]", is_shared: "Sequence[bool]") -> "None":
+    def confine(self, masks: "SlotMasks", canvas: "tuple[int, int]", is_free: "Sequence[Sequence[bool]]") -> "None":
         """Let each slot act only where its mask is, in both halves; see `SlotRegions`."""
-        self.part.regions = SlotRegions(masks, canvas, is_shared, halves=2)
+        self.part.regions = SlotRegions(masks, canvas, is_free, halves=2)
 
 
 # --- objectcompose.attention_processors.compiled
@@ -5895,8 +5905,8 @@ class GuidedRun:
             slot_masks([one.mask for one in row], count)
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
-        is_shared = [
-            bool(count) or any(one.mask is None for one in row)
+        is_free = [
+            [one.mask is None for one in row] + [True] * count
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
         canvas = pipeline.latent_size(self.call.height, self.call.width)
@@ -5910,7 +5920,7 @@ class GuidedRun:
             step: "int", timestep: "torch.Tensor", latents: "torch.Tensor", prompt_embeds: "torch.Tensor"
         ) -> "torch.Tensor":
             if step in (0, num_grown):
-                self.branch.confine(grown if step < num_grown else masks, canvas, is_shared)
+                self.branch.confine(grown if step < num_grown else masks, canvas, is_free)
             if step in updates:
                 refiner.step(state, timestep)
             return latents
@@ -6127,7 +6137,7 @@ def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int
     return list(range(*places[occurrence]))
 
 
-def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "list[list[int]]":
+def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]", may_share: "bool" = False) -> "list[list[int]]":
     """Positions of several phrases, each at a place of its own.
 
     A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
@@ -6135,15 +6145,18 @@ def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "
     in plural or singular.
 
     Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
+            "dogs" in "two dogs" are one place.
 
     Returns:
-        One list of positions per phrase, in the order of `phrases`; no position is in two of them.
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
+        places.
     """
     reader = _PromptReader(tokenizer, prompt)
     if isinstance(phrases, str):
         raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
-    lengths = [len(reader.phrase_ids(phrase)) for phrase in phrases]
-    longest_first = sorted(range(len(phrases)), key=lambda index: -lengths[index])
+    ids = [reader.phrase_ids(phrase) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
     chosen: "dict[int, tuple[int, int]]" = {}
     for places_of in (reader.exact_places, reader.inflected_places):
         for index in longest_first:
@@ -6154,10 +6167,26 @@ def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "
             if place is not None:
                 chosen[index] = place
     for index, phrase in enumerate(phrases):
-        if index not in chosen:
-            same = sum(phrases[other] == phrase for other in chosen)
-            raise reader.not_found(phrase, found=same, wanted=list(phrases).count(phrase))
+        if index in chosen:
+            continue
+        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
+        if not (may_share and same):
+            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
+        chosen[index] = same[-1]
     return [list(range(*chosen[index])) for index in range(len(phrases))]
+
+
+def find_everywhere(tokenizer: "Any", prompt: "str", phrases: "Iterable[str]") -> "list[int]":
+    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
+
+    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
+
+    Returns:
+        Positions in rising order, each once.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    places = (place for phrase in phrases for place in reader.exact_places(phrase))
+    return sorted({position for place in places for position in range(*place)})
 
 
 def find_phrases_all(
@@ -6295,6 +6324,7 @@ def place_phrases(
     canvas: "tuple[int, int]",
     used: "Iterable[str]",
     method: "str",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """Find each object's phrase in its prompt.
 
@@ -6305,13 +6335,15 @@ def place_phrases(
         canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
+        may_share: objects of the same phrase that find no place of their own share the last one that it has, as the
+            dogs of "two dogs" do; else they are refused.
 
     Returns:
         B lists, one `PlacedObject` per object.
 
     Raises:
         MissingFieldError: an object has neither `phrase` nor `token`.
-        PhraseNotFoundError: a phrase does not occur in its prompt.
+        PhraseNotFoundError: a phrase does not occur in its prompt, or not often enough.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
         RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
@@ -6329,7 +6361,7 @@ def place_phrases(
                     f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
                 )
     used = tuple(used)
-    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used, may_share)
 
 
 def place_objects(
@@ -6338,6 +6370,7 @@ def place_objects(
     rows: "Sequence[Sequence[SceneObject]]",
     canvas: "tuple[int, int]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
 
@@ -6347,6 +6380,7 @@ def place_objects(
         rows: per prompt its objects.
         canvas: height and width of the picture, in pixels.
         used_fields: the fields that the method uses of an object.
+        may_share: as in `place_phrases`.
 
     Raises:
         PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
@@ -6360,7 +6394,7 @@ def place_objects(
     if tokenizer is None:
         raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+    return [_place_row(tokenizer, text, row, used_fields, may_share) for text, row in zip(texts, rows, strict=True)]
 
 
 def _object_name(item: "SceneObject") -> "str | None":
@@ -6372,9 +6406,10 @@ def _place_row(
     prompt: "str",
     objects: "Sequence[SceneObject]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool",
 ) -> "list[PlacedObject]":
     names = [name for name in map(_object_name, objects) if name is not None]
-    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
+    positions = iter(find_phrases(tokenizer, prompt, names, may_share) if names else [])
     placed: "list[PlacedObject]" = []
     seen: "dict[str, int]" = {}
     for item in objects:
