@@ -100,10 +100,10 @@ def judged(claim: Claim, metrics: Metrics) -> tuple[str, str]:
         other = estimate_of(metrics, name)
         if other is None:
             return "", UNKNOWN
-        measured = f"{number(found.value, claim.decimals)} beside {number(other.value, claim.decimals)}"
+        measured = f"{number(found.value, claim.decimals)} against {number(other.value, claim.decimals)}"
         found = less_times(found, factor, other)
         times = "" if factor == 1 else f"{factor:g} times "
-        measured += f"; less {times}that: {shown(found, claim.decimals, claim.unit)}"
+        measured += f"; minus {times}that: {shown(found, claim.decimals, claim.unit)}"
     if claim.trade_off is not None and not has_trade_off(metrics, *claim.trade_off):
         return measured, NO_TRADE_OFF
     return measured, verdict(found, claim.side, claim.bar, claim.exact)

@@ -137,7 +137,7 @@ def test_a_multiple_of_another_arm_by_hand():
     assert less_times(Estimate(1.0), 2.0, Estimate(3.0, 2.0, 4.0)) == Estimate(-5.0)
     claim = Claim("", "ap50.full", "at least", less=(2.0, "ap50.text"))
     metrics = bounded("ap50.full", 50.0, 47.0, 56.0) | bounded("ap50.text", 20.0, 16.0, 22.0)
-    assert judged(claim, metrics) == ("50.0 beside 20.0; less 2 times that: 10.0 [5.0, 20.0] points", HOLDS)
+    assert judged(claim, metrics) == ("50.0 against 20.0; minus 2 times that: 10.0 [5.0, 20.0] points", HOLDS)
     assert judged(claim, bounded("ap50.full", 50.0, 47.0, 56.0)) == ("", UNKNOWN)
 
 
@@ -210,7 +210,7 @@ def test_a_recipe_with_few_arms_and_a_page_that_gets_old(tmp_path, capsys):
     assert "more often than the base |  | not measured |" in text  # Separate-and-Enhance was left out
     assert "\n| sepen |  |  |  |  |  |  |  |  |\n" in text
     assert "```text\nmg<k>: a share.\n```" in text and "`make reproduce-tokencompose PRESET=smoke`" in text
-    assert readme.startswith("before\n<!-- results -->\n| claim") and readme.endswith("<!-- /results -->\nafter\n")
+    assert readme.startswith("before\n<!-- results -->\n| method") and readme.endswith("<!-- /results -->\nafter\n")
     assert "FORMER" not in readme and 8 >= readme.count("\n| ") - 2 >= len(SECTIONS)
     plot = tmp_path / "docs" / "results" / "tokencompose_mg3.png"
     assert "](docs/results/tokencompose_mg3.png)" in text

@@ -1,4 +1,4 @@
-"""The README's ten lines run as they stand there."""
+"""The README's first picture is made by the lines as they stand there."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.slow
-def test_ten_lines_make_a_picture(tmp_path, monkeypatch):
-    code = re.search(r"## Ten lines\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[1]
+def test_the_first_lines_make_a_picture(tmp_path, monkeypatch):
+    code = re.search(r"## A first picture\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[1]
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     with Image.open(tmp_path / "picture.png") as picture:
