@@ -168,7 +168,8 @@ LOCREF = Section(
     claims=(
         Claim("Objects are where their boxes are: AP50 at least 0.8 of the ceiling's", "ap50.full", "at least",
               less=(0.8, "ap50.ceiling"), in_readme=True),
-        Claim("AP50 at least twice that of the prompt alone", "ap50.full", "at least", less=(2.0, "ap50.text"), in_readme=True),
+        Claim("AP50 at least twice that of the prompt alone", "ap50.full", "at least",
+              less=(2.0, "ap50.text"), in_readme=True),
         Claim("AP50 above an adapter trained without the region mask", "ap50_diff.full_no_mask"),
         Claim("AP50 above coordinates in the composite picture's place", "ap50_diff.full_coords"),
         Claim("Unseen identities come at least half of the way from floor to ceiling", "identity_way.full",
