@@ -115,5 +115,5 @@ def _fingerprint(maps: dict[str, Any]) -> str | None:
         if not weight.is_floating_point():
             return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
-        signs += torch.signbit(weight[places]).tolist()
+        signs += torch.signbit(weight[places].float()).tolist()  # float8 has no `signbit`
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"

@@ -97,8 +97,8 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         base_model: id of the base.
 
     Raises:
-        CheckpointError: no layer, a width or count below 1, an unknown choice, or a strength that is no finite number
-            from 0 on.
+        CheckpointError: no layer, a width or count below 1, an unknown choice, a switch that is not boolean, or a
+            strength that is no finite number from 0 on.
     """
 
     @register_to_config
@@ -132,6 +132,14 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         _check_locref_choice("feature", feature, tuple(REFERENCE_FEATURE_WIDTHS))
         _check_locref_choice("projection", projection, REFERENCE_PROJECTIONS)
         _check_locref_choice("composite", composite, COMPOSITE_KINDS)
+        switches = {
+            "shared_projection": shared_projection,
+            "region_mask": region_mask,
+            "null_references": null_references,
+        }
+        for name, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise CheckpointError(f"`{name}` must be True or False, got {switch!r}.")
         for name, strength in (("gamma", gamma), ("ci_scale", ci_scale), ("ri_scale", ri_scale)):
             if not math.isfinite(strength) or strength < 0:
                 raise CheckpointError(f"`{name}` must be a finite number of at least 0, got {strength!r}.")
@@ -243,6 +251,12 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         assert adapter.composite_maps is not None
         adapter.composite_maps.load_layers(weights)
         return adapter
+
+    @property
+    def encoder_widths(self) -> dict[str, int]:
+        """Widths of the image encoder that is read, by their names in its config."""
+        config: Any = self.config
+        return {"hidden_size" if config.feature == "pooled" else "projection_dim": config.image_width}
 
     def forward(
         self, references: torch.Tensor, composite: torch.Tensor | None = None

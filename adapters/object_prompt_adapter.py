@@ -183,6 +183,12 @@ class ObjectPromptAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         adapter.projections.copy_text_projections(unet)
         return adapter
 
+    @property
+    def encoder_widths(self) -> dict[str, int]:
+        """Widths of the image encoder that is read, by their names in its config."""
+        config: Any = self.config
+        return {"projection_dim": config.embed_width, "hidden_size": config.grid_width}
+
     # ---- from features to tokens, from tokens to keys and values
 
     @apply_forward_hook

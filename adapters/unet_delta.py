@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -24,6 +25,8 @@ from objectcompose.errors import CheckpointError
 from objectcompose.files import write_atomically
 
 
+#: File of a delta in the folder that training leaves.
+DELTA_NAME = "unet_delta.safetensors"
 _FORMAT = "objectcompose.unet_delta.1"
 _VALUE, _DOWN, _UP = "value", "down", "up"
 
@@ -44,6 +47,7 @@ class UNetDelta:
     notes: dict[str, str] = field(default_factory=dict)
     _originals: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _attached_to: weakref.ref[Any] | None = field(default=None, repr=False)
+    _mark: tuple[str, frozenset[str]] = field(default=("", frozenset()), repr=False)
 
     @classmethod
     def between(
@@ -139,7 +143,8 @@ class UNetDelta:
         parameters = _own_parameters(unet, names)
         new = {name: self._new_value(name, parameters[name]) for name in names}
         self._originals = {name: parameters[name].detach().clone() for name in names}
-        self._attached_to = weakref.ref(plain_unet(unet))
+        self._attached_to, self._mark = weakref.ref(plain_unet(unet)), (uuid4().hex, frozenset(names))
+        _attached_deltas(unet).append(self._mark)
         for name, value in new.items():
             parameters[name].copy_(value)
 
@@ -151,14 +156,21 @@ class UNetDelta:
             unet: that the delta is on.
 
         Raises:
-            CheckpointError: the delta is not on this UNet, LoRA is fused into the values, or offloading moved them
-                away. The delta stays where it is.
+            CheckpointError: the delta is not on this UNet, another one that was attached later holds some of its
+                tensors, LoRA is fused into the values, or offloading moved them away. The delta stays where it is.
         """
         if self._attached_to is None or self._attached_to() is not plain_unet(unet):
             raise CheckpointError("`unet` must be the one that the delta is attached to; nothing was detached.")
+        attached = _attached_deltas(unet)
+        for _, names in attached[attached.index(self._mark) + 1 :]:
+            if shared := names & self._originals.keys():
+                raise CheckpointError(
+                    f"the delta that was attached after this one holds {min(shared)} too; detach that one first."
+                )
         parameters = _own_parameters(unet, self._originals)
         for name, value in self._originals.items():
             parameters[name].copy_(value)
+        attached.remove(self._mark)
         self._originals, self._attached_to = {}, None
 
     def _new_value(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -175,6 +187,11 @@ class UNetDelta:
         if not value.isfinite().all():
             raise CheckpointError(f"`delta` has values for {name} that are not finite.")
         return value
+
+
+def _attached_deltas(unet: Any) -> list[tuple[str, frozenset[str]]]:
+    """Marks of the deltas on a UNet and the names of their tensors, in the order of attachment; to be changed."""
+    return vars(plain_unet(unet)).setdefault("_attached_deltas", [])
 
 
 def _own_parameters(unet: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:

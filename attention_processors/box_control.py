@@ -9,8 +9,7 @@ other: each has its own loss, early stop and masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from objectcompose.attention_processors.box_loss import (
 )
 from objectcompose.attention_processors.box_masks import PaddingRule, PromptSubjects, SubjectRegions, TokenVisibility
 from objectcompose.attention_processors.box_refinement import MaskRefiner, RefinementOptions
-from objectcompose.attention_processors.install import use_parts
+from objectcompose.attention_processors.install import frozen_parameters, use_parts
 from objectcompose.attention_processors.mask import KeyMask, RegionKeyMask
 from objectcompose.attention_processors.probe import CellMapProbe, RegionMassProbe, TokenMapProbe
 from objectcompose.errors import NonFiniteError, ObjectComposeError
@@ -46,13 +45,16 @@ class BoxControlOptions:
         step_sizes: of the descent, at the first guided step and where it would be after the last.
         cross_weight, self_weight: weights of the losses on cross- and self-attention.
         penalty: out-of-box penalty with its decay, with its first weight throughout, or none (in-box reward only).
-        penalty_weights: its weight at first, where the linear part ends, and at the end.
+        penalty_weights: its weight at first, where the linear part ends, and the least; with less than 15 guided steps
+            the last one stands a little above the least.
         stop_below: no further iteration for a picture whose loss per subject is below.
         stop_on: the loss with the penalty, or the reward alone.
         subjects_in_reward: count the background mass times the number of subjects, as Bounded Attention does.
         attention: control both kinds of attention, by masks and loss, or one of them.
         padding: whether padding of the prompt is masked as its end token is, or never. Stable Diffusion does with
             "open"; models that read most from their padding, as small ones may, need "like_end".
+        filtered_words: words or phrases of the prompt that no cell sees, also within a subject's phrase, but for one
+            that would have none left; None: English function words, numbers and digits; an empty list hides none.
         refine: replace boxes by masks from clustering.
         refine_start, refine_period: first step with refined masks and steps between rebuilds; None: 15 and 5 of 50, in
             proportion.
@@ -74,6 +76,7 @@ class BoxControlOptions:
     subjects_in_reward: bool = False
     attention: Literal["both", "self", "cross"] = "both"
     padding: PaddingRule = "open"
+    filtered_words: Collection[str] | None = None
     refine: bool = True
     refine_start: int | None = None
     refine_period: int | None = None
@@ -100,6 +103,10 @@ class BoxControlOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ObjectComposeError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        words = self.filtered_words
+        is_list = isinstance(words, Collection) and not isinstance(words, str)
+        if words is not None and not (is_list and all(isinstance(word, str) and word.strip() for word in words)):
+            raise ObjectComposeError(f"`filtered_words` must be a list of words, got {words!r}.")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -231,7 +238,7 @@ class BoxControlRun:
         losses: list[torch.Tensor] = []
         self.losses.append(losses)
         probes = [self._loss_probes[kind] for kind in options.kinds]
-        with use_parts(self.unet, probes, outer_probes=False), _without_parameter_gradients(self.unet):
+        with use_parts(self.unet, probes, outer_probes=False), frozen_parameters([self.unet]):
             for _ in range(options.iterations):
                 with torch.enable_grad():
                     model_input = scale_input(latents).detach().requires_grad_()
@@ -304,16 +311,3 @@ def _token_owners(
             for index in {prompt.end_index, *indices}:
                 owners[row, measured.index(index), column] = 1.0
     return owners
-
-
-@contextmanager
-def _without_parameter_gradients(model: Any) -> Iterator[None]:
-    """No gradients for a model's parameters inside the block, so that no activation is kept for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -117,9 +117,10 @@ def subject_token_mass(maps: Mapping[str, torch.Tensor], owners: torch.Tensor) -
         owners: `(B, T, S)`, 1 where token T counts for subject S; the end token counts for every subject.
 
     Returns:
-        Layer name to `(B, heads, HW, S)`.
+        Layer name to `(B, heads, HW, S)`, float32 also under `torch.autocast`.
     """
-    return {name: torch.einsum("bhqt,bts->bhqs", columns, owners.to(columns)) for name, columns in maps.items()}
+    with torch.autocast(owners.device.type, enabled=False):
+        return {name: torch.einsum("bhqt,bts->bhqs", columns, owners.to(columns)) for name, columns in maps.items()}
 
 
 def box_control_loss(

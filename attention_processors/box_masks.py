@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from objectcompose.attention_processors.regions import RegionPyramidBatch
+from objectcompose.attention_processors.regions import RegionPyramidBatch, token_grid
 
 
 PassMode = Literal["guide", "denoise"]
@@ -109,7 +109,7 @@ class SubjectRegions:
         """The regions on the grid with `num_tokens` cells, `(B, S, h, w)`, {0, 1}."""
         if self._refined is None:
             return self.boxes.at_tokens(num_tokens, device)
-        grid = self.boxes.pyramids[0].grid_of_tokens(num_tokens)
+        grid = token_grid(num_tokens, *self.boxes.canvas)
         masks = F.interpolate(self._refined, size=grid, mode="nearest-exact")
         return masks.to(device)
 

@@ -308,8 +308,8 @@ def cached_projection(
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
     Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity,
-    memory and version (only a write into `weight.data` is no new version). What inference mode made serves in it
-    alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
+    memory and version (only a write into `weight.data` is no new version). What inference mode or autocast made serves
+    in it alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
     weights lives: once they are moved to another device, as offloading does, replaced or gone, the cache is cleared.
 
     Args:
@@ -322,8 +322,10 @@ def cached_projection(
     weights = tuple(parameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *weights)):
         return project(*tokens)
-    is_inference = torch.is_inference_mode_enabled()
-    is_known = cache and cache["is_inference"] == is_inference and _same_weights(cache["weights"], weights)
+    device = tokens[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    modes = (torch.is_inference_mode_enabled(), autocast)
+    is_known = cache and cache["modes"] == modes and _same_weights(cache["weights"], weights)
     if is_known and _same_content(cache["tokens"], tokens):
         return cache["keys_values"]
     keys_values = project(*tokens)
@@ -333,7 +335,7 @@ def cached_projection(
         for one in weights
     ]
     copies = tuple(x.detach().clone() for x in tokens)
-    cache.update(tokens=copies, weights=known, keys_values=keys_values, is_inference=is_inference)
+    cache.update(tokens=copies, weights=known, keys_values=keys_values, modes=modes)
     return keys_values
 
 

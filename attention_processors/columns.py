@@ -63,6 +63,11 @@ class _SoftmaxColumns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):  # which may be on around the backward pass alone
+            return _SoftmaxColumns._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, indices, bias, total, columns = ctx.saved_tensors
         # d column_t / d logit_k = column_t * (1[t is k] - probability_k)
         weighted = grad * columns

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -168,6 +168,21 @@ def use_parts(unet: Any, parts: Sequence[Any], outer_probes: bool = True) -> Ite
     finally:
         for name, processor in originals.items():
             _exchange_processor(modules[name], processor)
+
+
+@contextmanager
+def frozen_parameters(modules: Iterable[Any]) -> Iterator[None]:
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
 
 
 def _compose_processor(

@@ -91,6 +91,22 @@ def grids_of(height: int, width: int, levels: int) -> list[tuple[int, int]]:
     return grids
 
 
+def token_grid(num_tokens: int, height: int, width: int) -> tuple[int, int]:
+    """The grid `(h, w)` of `num_tokens` cells that halving a canvas' sides, rounding up, arrives at.
+
+    Raises:
+        RegionError: none has so many.
+    """
+    canvas = (height, width)
+    while height * width > num_tokens and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != num_tokens:
+        raise RegionError(
+            f"`num_tokens` must be the number of cells of a level of the canvas {canvas}, got {num_tokens}."
+        )
+    return height, width
+
+
 def region_area(region: Any) -> float:
     """Share of the canvas that a box or a mask `(H, W)` covers, in (0, 1]."""
     if isinstance(region, torch.Tensor) and region.ndim == 2:
@@ -166,18 +182,6 @@ def shared_ownership(regions: torch.Tensor, orders: Sequence[int], areas: Sequen
     return (shares / shares.sum(0).clamp(min=1.0)).to(regions)
 
 
-def background_region(regions: torch.Tensor) -> torch.Tensor:
-    """What no region covers: 1 less the sum of the regions, at least 0.
-
-    Args:
-        regions: `(N, h, w)`, values in [0, 1]. N may be 0: all is background.
-
-    Returns:
-        `(h, w)`, values in [0, 1].
-    """
-    return (1.0 - regions.sum(0)).clamp(min=0.0)
-
-
 class RegionPyramid:
     """The regions of one picture on every grid of the UNet; each grid is built once.
 
@@ -238,24 +242,9 @@ class RegionPyramid:
             self._moved[key] = self._built[grid].to(device=device, dtype=dtype)
         return self._moved[key]
 
-    def grid_of_tokens(self, num_tokens: int) -> tuple[int, int]:
-        """The grid of the canvas' levels that has `num_tokens` cells.
-
-        Raises:
-            RegionError: none has.
-        """
-        height, width = self.canvas
-        while height * width > num_tokens and height * width > 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if height * width != num_tokens:
-            raise RegionError(
-                f"`num_tokens` must be the number of cells of a level of the canvas {self.canvas}, got {num_tokens}."
-            )
-        return height, width
-
     def at_tokens(self, num_tokens: int, device: Any = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
     def _build(self, grid: tuple[int, int]) -> torch.Tensor:
         if not self.regions:
@@ -301,7 +290,7 @@ class RegionPyramidBatch:
 
     def at_tokens(self, num_tokens: int, device: Any = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.pyramids[0].grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
 
 def _box_side(start: float, stop: float, count: int, rule: str) -> torch.Tensor:

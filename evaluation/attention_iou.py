@@ -20,10 +20,10 @@ from diffusers import DDPMScheduler
 
 from objectcompose.attention_processors.install import match_layers, use_parts
 from objectcompose.attention_processors.probe import TokenMapProbe
+from objectcompose.attention_processors.regions import token_grid
 from objectcompose.errors import ObjectComposeError
 from objectcompose.evaluation.prompt_lists import stable_number
 from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
-from objectcompose.pipelines.attention_maps import token_grid
 from objectcompose.training.caption_encoding import CaptionEncoder, encode_caption
 from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample
 

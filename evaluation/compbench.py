@@ -1,7 +1,7 @@
 """`objectcompose evaluate compbench`: pictures for the official scorers of T2I-CompBench (arXiv:2307.06350).
 
-    objectcompose evaluate compbench --prompts color_val.txt --model runwayml/stable-diffusion-v1-5 --device cuda \\
-        --out outputs/color_val
+    objectcompose evaluate compbench --prompts color_val.txt \\
+        --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda --out outputs/color_val
 
 Its scorers (BLIP-VQA, UniDet, CLIP) are packages of their own and read a folder of files `<prompt>_<6 digits>.png`:
 that is what this command leaves in the output folder's `pictures`.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from objectcompose.attention_processors.processor import AttentionCall, split_heads
+from objectcompose.attention_processors.regions import token_grid
 from objectcompose.errors import ObjectComposeError
 from objectcompose.layout import as_scene_objects
-from objectcompose.pipelines.attention_maps import token_grid
 
 
 class ObjectKeyProbe:

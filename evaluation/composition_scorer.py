@@ -76,9 +76,11 @@ class CompositionScorer:
         dino, encoder = toybox_path("dino"), toybox_path("image_encoder")
         return cls(
             Judge.load(device),
-            Dinov2Model.from_pretrained(dino, dtype=torch.float32).to(device),
+            Dinov2Model.from_pretrained(dino, dtype=torch.float32, use_safetensors=True).to(device),
             BitImageProcessorPil.from_pretrained(dino),
-            CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=torch.float32).to(device),
+            CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True).to(
+                device
+            ),
             CLIPImageProcessor.from_pretrained(encoder),
         )
 

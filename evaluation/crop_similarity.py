@@ -1,8 +1,9 @@
-"""How alike two pictures of an object are: cosines of embeddings, of toybox's encoders or of CLIP and DINOv2."""
+"""How alike two pictures of an object are: cosines of embeddings, of toybox's encoders or of CLIP and DINO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, Dinov2Model
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
 
 from objectcompose.adapters.folders import loading_errors
 from objectcompose.errors import CheckpointError
@@ -103,10 +112,10 @@ def toybox_encoders(device: str) -> list[CropEncoder]:
 
 
 def public_encoders(clip: str, dino: str, device: str) -> list[CropEncoder]:
-    """CLIP ("clip_i") and DINOv2 ("dino") from folders or Hub ids.
+    """CLIP ("clip_i") and DINO ("dino"), the first version or DINOv2, from folders or Hub ids.
 
     Raises:
-        CheckpointError: one cannot be loaded.
+        CheckpointError: one cannot be loaded, or is of another kind.
     """
     return [_clip_encoder(clip, device), _dino_encoder(dino, device)]
 
@@ -123,15 +132,22 @@ def _clip_encoder(source: str, device: str) -> CropEncoder:
 
 
 def _dino_encoder(source: str, device: str) -> CropEncoder:
-    model, mean, std = _load(Dinov2Model, source, device)
-    patch = model.config.patch_size
-    side = min(model.config.image_size, 16 * patch) // patch * patch
+    with _loading(source, "DINO"):
+        config = AutoConfig.from_pretrained(source)
+    if isinstance(config, ViTConfig):  # DINO's first version, which reads pictures of one size
+        model, mean, std = _load(ViTModel, source, device, add_pooling_layer=False)
+        side = config.image_size
+    elif isinstance(config, Dinov2Config):
+        model, mean, std = _load(Dinov2Model, source, device)
+        side = min(config.image_size, 16 * config.patch_size) // config.patch_size * config.patch_size
+    else:
+        raise CheckpointError(f"{source!r} must be of DINO or DINOv2 (vit, dinov2), got {config.model_type!r}.")
     return CropEncoder(
         "dino",
         fingerprint(model, model.config),
         side,
         tuple(mean.tolist()),
-        partial(_embed, model, mean, std, lambda output: output.last_hidden_state[:, 0]),
+        partial(_embed, model, mean, std, lambda output: output.last_hidden_state[:, 0]),  # after the final norm
     )
 
 
@@ -141,12 +157,18 @@ def _embed(
     return read(model(normalize_pixels(pixels, mean, std).to(model.device)))
 
 
-def _load(kind: Any, source: str, device: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+def _load(kind: Any, source: str, device: str, **options: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Model in fp32, and mean and standard deviation of its pixels."""
+    with _loading(source, kind.__name__):
+        model = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
+        processor = AutoImageProcessor.from_pretrained(source)
+    return model.eval().to(device), torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+
+
+@contextmanager
+def _loading(source: str, what: str) -> Iterator[None]:
     with loading_errors(source, refuses_pickles=True):
         try:
-            model = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-            processor = AutoImageProcessor.from_pretrained(source)
+            yield
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{source!r} cannot be loaded as {kind.__name__}: {error}.") from error
-    return model.eval().to(device), torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+            raise CheckpointError(f"{source!r} cannot be loaded as {what}: {error}.") from error

@@ -23,7 +23,6 @@ from typing import Any
 from accelerate import PartialState
 
 from objectcompose.errors import CheckpointError, ObjectComposeError
-from objectcompose.evaluation.crop_similarity import DEFAULT_DINO
 from objectcompose.evaluation.disentangle_cases import (
     EDITING_TEMPLATES,
     TOYBOX_TEMPLATES,
@@ -56,8 +55,8 @@ from objectcompose.toybox.weights import active_categories, active_preset
 
 HELP = "Learned instances: kept, told apart, and without leakage (SIM-C, SIM-D, NSIM-D)."
 SCORE_FOLDER = "scores"
-#: The paper names no backbone; this is the one that its predecessors report CLIP with.
-DEFAULT_LARGE_CLIP = "openai/clip-vit-large-patch14"
+#: The paper names no sizes. Its predecessors report CLIP with this one; the DINO that it cites is the first version.
+DEFAULT_LARGE_CLIP, DEFAULT_FIRST_DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"
 CROP_SIDE = 512  # of references from files; the encoders read less
 
 Row = dict[str, Any]
@@ -75,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_step_argument(parser)
     group = parser.add_argument_group("scoring")
     group.add_argument("--clip", default=DEFAULT_LARGE_CLIP, help="of SIM-C, not on toybox (%(default)s)")
-    group.add_argument("--dino", default=DEFAULT_DINO, help="of SIM-D, not on toybox (%(default)s)")
+    group.add_argument("--dino", default=DEFAULT_FIRST_DINO, help="of SIM-D, or a DINOv2; not on toybox (%(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:

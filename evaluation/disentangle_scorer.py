@@ -75,7 +75,7 @@ class DisentangleScorer:
 
     @classmethod
     def of_public(cls, clip: str, dino: str, device: str) -> DisentangleScorer:
-        """CLIP with both halves and DINOv2, from folders or Hub ids.
+        """CLIP with both halves and DINO, from folders or Hub ids; see `public_encoders`.
 
         Raises:
             CheckpointError: one cannot be loaded.

@@ -1,9 +1,9 @@
 """`objectcompose evaluate fd`: Frechet distance between features of painted and of real pictures.
 
     objectcompose evaluate fd --scenes 500 --out outputs/fd                     # toybox: its own held-out scenes
-    objectcompose evaluate fd --model runwayml/stable-diffusion-v1-5 --device cuda --prompts captions.txt \\
-        --real val2014 --features inception --inception-weights weights-inception-2015-12-05-6726825d.pth \\
-        --out outputs/fid
+    objectcompose evaluate fd --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda \\
+        --prompts captions.txt --real val2014 --out outputs/fid \\
+        --features inception --inception-weights weights-inception-2015-12-05-6726825d.pth
 
 With toybox's judge the distance is called `fd_judge`: its features are of another size and meaning than those of the
 Inception network, whose distance alone is called `fid`. A distance falls with the number of pictures: compare at equal

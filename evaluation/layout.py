@@ -6,7 +6,8 @@
     objectcompose evaluate layout --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter my_adapter \\
         --layouts my_layouts --out outputs/layout-sd
     objectcompose evaluate layout --model stable-diffusion-v1-5/stable-diffusion-v1-5 --layouts my_layouts \\
-        --ip-adapter ip-adapter_sd15.safetensors --image-encoder my_clip_vit_h --out outputs/layout-rival
+        --ip-adapter ip-adapter_sd15.safetensors --image-encoder laion/CLIP-ViT-H-14-laion2B-s32B-b79K \\
+        --out outputs/layout-rival
 
 `--layouts` is a folder of layout files, each with its true scene beside it if there is one. A detector's boxes are
 held against the layout's by COCO's rules; what it finds in the true scenes is its ceiling. On toybox the judge
@@ -44,12 +45,12 @@ from objectcompose.evaluation.layout_painting import (
     paint_layouts,
     painter_words,
 )
-from objectcompose.evaluation.models import EVALUATED_DTYPES
 from objectcompose.evaluation.presence import PICTURE_FOLDER, add_painting_arguments, add_step_argument
 from objectcompose.evaluation.prompts import check_records
 from objectcompose.evaluation.report import write_report
 from objectcompose.evaluation.row_log import RowLog, measure_groups
 from objectcompose.evaluation.toybox_layouts import LAYOUTS, toybox_layouts
+from objectcompose.grounding.grounder import DTYPES
 from objectcompose.layout_fields import check_picture
 from objectcompose.processes import process_state
 from objectcompose.toybox.weights import active_preset
@@ -191,7 +192,7 @@ class _Measures:
     def __init__(self, args: argparse.Namespace, cases: Sequence[LayoutCase], place: str) -> None:
         is_toybox = args.layouts is None
         name = args.detector or ("judge" if is_toybox else "owlv2")
-        dtype = EVALUATED_DTYPES[args.dtype]
+        dtype = DTYPES[args.dtype]
         self.detector: PresenceDetector = load_presence(name, args.detector_model, device=place, dtype=dtype)
         self.detector.check_categories(sorted({category for case in cases for category in case.record.categories}))
         self.encoders: list[CropEncoder] = (

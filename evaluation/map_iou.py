@@ -1,8 +1,8 @@
 """`objectcompose evaluate map-iou`: attention maps of nouns against their objects' true masks.
 
     objectcompose evaluate map-iou --out outputs/map-iou                        # toybox: its own held-out scenes
-    objectcompose evaluate map-iou --model runwayml/stable-diffusion-v1-5 --device cuda --data my_captions \\
-        --out outputs/map-iou-sd
+    objectcompose evaluate map-iou --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda \\
+        --data my_captions --out outputs/map-iou-sd
 
 The threshold that turns a map into a mask is chosen on a dev split and used on a test split. What is measured and how
 it differs from the paper: `objectcompose.evaluation.attention_iou`.

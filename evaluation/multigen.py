@@ -1,7 +1,7 @@
 """`objectcompose evaluate multigen`: how many of the named objects a picture shows (TokenCompose, arXiv:2312.03626).
 
     objectcompose evaluate multigen --out outputs/multigen                                     # the embedded toybox
-    objectcompose evaluate multigen --model runwayml/stable-diffusion-v1-5 --device cuda \\
+    objectcompose evaluate multigen --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda \\
         --prompts coco_obj_comp_5_1k.json --out outputs/multigen-sd
 
 MGk is the share of pictures in which at least k of the prompt's categories are found; its standard deviation is the

@@ -1,7 +1,8 @@
 """`objectcompose evaluate pairs`: both objects of a pair (Attend-and-Excite's 276 prompts, or toybox's).
 
     objectcompose evaluate pairs --out outputs/pairs                                           # the embedded toybox
-    objectcompose evaluate pairs --model runwayml/stable-diffusion-v1-5 --device cuda --out outputs/pairs-sd
+    objectcompose evaluate pairs --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda \\
+        --out outputs/pairs-sd
 
 Separate-and-Enhance (arXiv:2312.06712) counts with Detic; an open-vocabulary detector stands in for it here, so the
 figures compare with one another and not with the paper's. On toybox the kinds are pairs that training never shows

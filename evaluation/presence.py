@@ -31,17 +31,17 @@ from objectcompose.evaluation.generation import (
     read_manifest,
     require_pictures,
 )
-from objectcompose.evaluation.models import EVALUATED_DTYPES, add_model_arguments, load_evaluated
+from objectcompose.evaluation.models import add_model_arguments, load_evaluated
 from objectcompose.evaluation.prompts import PromptRecord, check_records, prompts_digest
 from objectcompose.evaluation.report import write_report
+from objectcompose.grounding.grounder import DTYPES
 from objectcompose.grounding.inputs import check_threshold
+from objectcompose.pipelines.model_arguments import add_sampling_arguments, steps_and_guidance
 from objectcompose.processes import process_state
 
 
 Row = dict[str, Any]
 PICTURE_FOLDER, SIGHTING_FOLDER = "pictures", "sightings"
-#: Steps and guidance of the toybox base, and of Stable Diffusion as diffusers has them.
-TOYBOX_SAMPLING, SAMPLING = (20, 5.0), (50, 7.5)
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,20 @@ def add_painting_arguments(parser: argparse.ArgumentParser, rounds: int) -> None
     """Declare how pictures are painted; `rounds` is the protocol's number of pictures per prompt."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of pictures and report")
     parser.add_argument("--max-prompts", type=int, metavar="N", help="only the list's first N prompts")
-    group = parser.add_argument_group("painting")
+    group = parser.add_argument_group("generation")
     group.add_argument("--rounds", type=int, default=rounds, help="pictures per prompt (%(default)s)")
-    group.add_argument("--steps", type=int, help="denoising steps; default: 20 for toybox, else 50")
-    group.add_argument("--guidance-scale", type=float, help="default: 5 for toybox, else 7.5")
-    group.add_argument("--negative-prompt", help="what to steer away from")
-    group.add_argument("--height", type=int, help="in pixels; default: the model's")
-    group.add_argument("--width", type=int, help="in pixels; default: the model's")
+    add_sampling_arguments(group)
     group.add_argument("--batch-size", type=int, default=8, help="pictures at once (%(default)s)")
     add_model_arguments(parser)
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of `add_painting_arguments` say to `paint_records`, defaults filled in."""
-    steps, guidance_scale = TOYBOX_SAMPLING if args.model is None else SAMPLING
+    steps, guidance_scale = steps_and_guidance(args)
     return {
         "rounds": args.rounds,
-        "steps": steps if args.steps is None else args.steps,
-        "guidance_scale": guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
         "negative_prompt": args.negative_prompt,
         "height": args.height,
         "width": args.width,
@@ -177,7 +173,7 @@ def run_presence(args: argparse.Namespace, records: Sequence[PromptRecord], metr
     detector = None
     if args.only != "generate":  # loaded first: a wrong detector or category shows before hours of painting
         name = args.detector or ("judge" if args.model is None else metric.detector)
-        place, dtype = args.device or str(state.device), EVALUATED_DTYPES[args.dtype]
+        place, dtype = args.device or str(state.device), DTYPES[args.dtype]
         detector = load_presence(name, args.detector_model, device=place, dtype=dtype)
         detector.check_categories(sorted({name for record in records for name in record.categories}))
     pictures = paint_for(args, records, are_painted=args.only == "score")

@@ -1,7 +1,8 @@
 """`objectcompose evaluate visor`: object accuracy on prompts of two objects and a relation (VISOR, arXiv:2212.10015).
 
     objectcompose evaluate visor --out outputs/visor                                           # the embedded toybox
-    objectcompose evaluate visor --model runwayml/stable-diffusion-v1-5 --device cuda --out outputs/visor-sd
+    objectcompose evaluate visor --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda \\
+        --out outputs/visor-sd
 
 The share of pictures that show both objects, wherever they are: VISOR's OA, which TokenCompose reports.
 """

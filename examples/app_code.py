@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from objectcompose.adapters.unet_delta import DELTA_NAME
 from objectcompose.examples.app_methods import METHODS, PageMethod, PaintRequest
 from objectcompose.layout import load_layout
-from objectcompose.training.export import DELTA_NAME
 
 
 def python_lines(request: PaintRequest, device: str) -> str:
@@ -48,7 +48,7 @@ def _imports(method: PageMethod) -> list[str]:
     public = {"delta": ["UNetDelta"], "instances": ["load_instances"]}.get(method.kind or "", [])
     names = [
         f"from objectcompose import {', '.join(sorted(['load_layout', *public]))}",
-        "from objectcompose.pipelines.generate import load_checkpoint",
+        "from objectcompose.pipelines.checkpoints import load_checkpoint",
     ]
     if method.weights is not None:
         names.append("from objectcompose.toybox.weights import toybox_path")

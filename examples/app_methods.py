@@ -17,19 +17,18 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
 from objectcompose.files import write_atomically
 from objectcompose.grounding.grounder import usable_device
 from objectcompose.layout import Layout, load_layout, save_layout
 from objectcompose.layout_fields import shown_value
 from objectcompose.pipelines.call_checks import check_number
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.learned_instances import load_instances
 from objectcompose.pipelines.pipeline_output import ComposeOutput
 from objectcompose.pipelines.plot import draw_layout, overlay_map
 from objectcompose.toybox.weights import toybox_path
-from objectcompose.training.export import DELTA_NAME
 
 
 MAX_STEPS = 100  # a page that others use must not be kept busy by one of them
@@ -43,7 +42,7 @@ class PageMethod:
     Attributes:
         title: as it is called.
         note: what it does with the objects, in one sentence.
-        pipeline: its name in `objectcompose.pipelines.generate.PIPELINES`.
+        pipeline: its name in `objectcompose.pipelines.checkpoints.PIPELINES`.
         weights: its folder of toybox; None: it needs none beside the base.
         kind: of these weights: an adapter of the pipeline, a delta of the UNet, or instances that MIFO learned.
         reads_pictures: whether reference pictures change anything.

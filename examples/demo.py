@@ -3,8 +3,9 @@
     python -m objectcompose.examples.demo
 
 Writes `outputs/demo/gallery.png` (the pictures, where each phrase was looked at, and which objects an independent
-judge finds; the same prompts and noise after TokenCompose's fine-tuning; then a row for each of the other methods) and
-`outputs/demo/report.json` (prompts, seeds, the judge's findings, seconds). Nothing is downloaded.
+judge finds; the same prompts and noise after TokenCompose's fine-tuning; then a row for each of the other methods),
+`outputs/demo/overview.png` (a row per method) and `outputs/demo/report.json` (prompts, seeds, the judge's findings,
+seconds). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,20 +24,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import ObjectComposeError
 from objectcompose.examples import demo_locref, demo_mifo, demo_object_prompt
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.examples.progress import step_counter
 from objectcompose.files import write_atomically
 from objectcompose.layout import SceneObject
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.pipeline_output import ComposeOutput
 from objectcompose.pipelines.plot import overlay_output
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.scenes import list_objects
 from objectcompose.toybox.weights import active_categories, toybox_path
-from objectcompose.training.export import DELTA_NAME
 
 
 # positions in the list of categories that the model was trained on, so that every preset has these scenes
@@ -234,8 +234,9 @@ def run_demo(
             method_entries.append(found)
     rows = gallery_rows(scenes, outputs, entries)
     before, before_entries = [outputs[number] for number in tuned_scenes], [entries[number] for number in tuned_scenes]
-    rows.append(comparison_row(before, tuned_outputs, before_entries, tuned_entries))
-    save_gallery([*rows, *method_rows], out / "gallery.png", headline="objectcompose: several objects in one picture")
+    overview = [comparison_row(before, tuned_outputs, before_entries, tuned_entries), *method_rows]
+    save_gallery([*rows, *overview], out / "gallery.png", headline="objectcompose: several objects in one picture")
+    save_gallery(overview, out / "overview.png")
     flat = [entry for found in [*entries, *tuned_entries, *method_entries] for entry in found]
     return write_report(out / "report.json", flat, steps, time.perf_counter() - started)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 
 from objectcompose import MIFOPipeline
 from objectcompose.pipelines.plot import draw_layout, overlay_output, save_png
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     pipe = MIFOPipeline.from_pretrained(args.model, dtype=dtype).to(device)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # with PNDM a guided step is lost
     objects = [
         {"phrase": "a corgi", "box": [0.05, 0.40, 0.45, 0.95]},
         {"phrase": "a red umbrella", "box": [0.50, 0.05, 0.98, 0.60]},

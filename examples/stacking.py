@@ -17,14 +17,13 @@ import torch
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from objectcompose import LocRefAdapter, LocRefPipeline, MIFOBoxControl, SceneObject
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.evaluation.toybox_object_sets import reference_picture
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.pipelines.learned_instances import load_instances
 from objectcompose.pipelines.plot import draw_layout, overlay_output
 from objectcompose.toybox.identities import Identity
 from objectcompose.toybox.weights import active_preset, toybox_path
-from objectcompose.training.export import DELTA_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:

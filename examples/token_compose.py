@@ -17,7 +17,7 @@ import torch
 from objectcompose.errors import ObjectComposeError
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.layout import SceneObject
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.plot import overlay_output
 from objectcompose.toybox.scenes import list_objects
 from objectcompose.toybox.weights import active_categories

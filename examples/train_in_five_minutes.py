@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 
 from objectcompose import TokenComposePipeline
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.examples.gallery import GalleryRow, save_gallery
 from objectcompose.pipelines.plot import overlay_output
 from objectcompose.toybox.weights import active_categories, toybox_path
 from objectcompose.training import train_token_compose
-from objectcompose.training.export import DELTA_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:

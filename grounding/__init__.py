@@ -1,1 +1,1 @@
-"""From phrases and pictures to boxes and masks; `objectcompose.grounding.grounder` is the door."""
+"""From phrases and pictures to boxes and masks; `objectcompose.grounding.grounder` is where to start."""

@@ -7,7 +7,6 @@ phrases; the decoder runs once per phrase. A detection is one connected piece of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 from objectcompose.errors import ObjectComposeError
 from objectcompose.grounding.detection import Detection, box_of_mask
 from objectcompose.grounding.inputs import check_threshold, check_token_counts
-from objectcompose.grounding.loading import fingerprint, load_pretrained
+from objectcompose.grounding.loading import NamedByContent, load_pretrained
 
 
 DEFAULT_CLIPSEG = "CIDAS/clipseg-rd64-refined"
@@ -29,7 +28,7 @@ CLIPSEG_THRESHOLD = 0.5
 CLIPSEG_MIN_AREA = 0.005
 
 
-class ClipSegDetector:
+class ClipSegDetector(NamedByContent):
     """Masks and boxes from transformers' CLIPSeg.
 
     Args:
@@ -52,14 +51,9 @@ class ClipSegDetector:
         self.threshold = check_threshold(threshold, "threshold")
         self.min_area = check_threshold(min_area, "min_area")
 
-    def identity(self) -> str:
-        """Names the weights and the settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        settings = [self.threshold, self.min_area]
-        return f"{self.name}:{fingerprint(self.model, self.model.config, self.processor.image_processor, settings)}"
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
+        return [self.model.config, self.processor.image_processor, [self.threshold, self.min_area]]
 
     @torch.no_grad()
     def probabilities(self, pictures: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[torch.Tensor]:

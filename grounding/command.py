@@ -1,6 +1,6 @@
 """`objectcompose ground`: from pictures and phrases to boxes, masks and layouts.
 
-    objectcompose ground scene.png "a dog" "a cup" --out outputs/ground
+    objectcompose ground scene.png "a dog" "a car" --out outputs/ground
     objectcompose ground photos "a dog" --backend grounding-dino --segmenter sam --out outputs/photos
     accelerate launch -m objectcompose ground photos "a dog" --backend owlv2 --segmenter sam2 --out outputs/photos
     objectcompose ground photo.jpg --segmenter sam --out outputs/parts          # no phrases: all parts
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
@@ -29,7 +28,7 @@ from objectcompose.errors import ImageInputError, ObjectComposeError
 from objectcompose.files import write_atomically
 from objectcompose.grounding.cache import GroundingCache, result_key
 from objectcompose.grounding.detection import check_prompt_holds
-from objectcompose.grounding.grounder import DETECTORS, SEGMENTERS, Grounder, load_grounder
+from objectcompose.grounding.grounder import DETECTORS, DTYPES, SEGMENTERS, Grounder, load_grounder
 from objectcompose.grounding.inputs import check_ground_phrases, check_ground_picture
 from objectcompose.grounding.outputs import finished_report, write_grounding
 from objectcompose.processes import process_state
@@ -39,7 +38,6 @@ from objectcompose.toybox.weights import toybox_path
 HELP = "Find what phrases name in a picture, or in a folder of pictures: boxes, masks and a layout."
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INDEX_FILE = "index.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

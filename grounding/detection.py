@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from objectcompose.errors import LayoutError, PhraseNotFoundError, RegionError
-from objectcompose.layout import Layout, SceneObject
+from objectcompose.layout import Layout, SceneObject, prompt_of_phrases
 from objectcompose.layout_fields import check_box, finite_number, shown_value
 
 
@@ -131,10 +131,3 @@ def check_prompt_holds(prompt: str, phrases: Iterable[str]) -> None:
     for phrase in phrases:
         if phrase.lower() not in prompt.lower():
             raise PhraseNotFoundError(f"`prompt` must contain each phrase; {phrase!r} is not in {prompt!r}.")
-
-
-def prompt_of_phrases(phrases: Sequence[str]) -> str:
-    """The phrases as a caption lists them: "a photo of a dog, a cup and two birds"; empty without phrases."""
-    if not phrases:
-        return ""
-    return "a photo of " + (", ".join(phrases[:-1]) + " and " if phrases[1:] else "") + phrases[-1]

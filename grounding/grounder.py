@@ -40,6 +40,7 @@ SEGMENTERS = {
 }
 
 #: Detectors that make masks themselves; the others need a segmenter where masks are wanted.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MASK_DETECTORS = frozenset({"clipseg", "toybox"})
 
 ImageLike = Image.Image | str | Path

@@ -8,7 +8,6 @@ of which a token is above the text threshold. So "car" is not found in "carton",
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
 from objectcompose.errors import LayoutError, PromptTooLongError
 from objectcompose.grounding.detection import Detection, box_within_picture
 from objectcompose.grounding.inputs import check_threshold, plain_phrase
-from objectcompose.grounding.loading import fingerprint, load_pretrained
+from objectcompose.grounding.loading import NamedByContent, load_pretrained
 
 
 DEFAULT_GROUNDING_DINO = "IDEA-Research/grounding-dino-tiny"
@@ -27,7 +26,7 @@ DEFAULT_GROUNDING_DINO = "IDEA-Research/grounding-dino-tiny"
 BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
 
 
-class GroundingDinoDetector:
+class GroundingDinoDetector(NamedByContent):
     """Boxes from transformers' Grounding DINO.
 
     Args:
@@ -50,14 +49,9 @@ class GroundingDinoDetector:
         self.threshold = check_threshold(threshold, "threshold")
         self.text_threshold = check_threshold(text_threshold, "text_threshold")
 
-    def identity(self) -> str:
-        """Names the weights and the settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        settings = [self.threshold, self.text_threshold]
-        return f"{self.name}:{fingerprint(self.model, self.model.config, self.processor.image_processor, settings)}"
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
+        return [self.model.config, self.processor.image_processor, [self.threshold, self.text_threshold]]
 
     @torch.no_grad()
     def detect(self, pictures: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:

@@ -12,7 +12,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -220,16 +220,43 @@ def fill_model(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
         )
 
 
+class NamedByContent:
+    """What names itself by its model's weights, which must stay as they are, and by its settings, which may change.
+
+    Attributes:
+        name: of its kind.
+        model: with the weights.
+    """
+
+    name: str
+    model: Any
+
+    def identity_settings(self) -> list[Any]:
+        """All that decides results beside the weights, as `fingerprint` takes it."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """Names the weights and the settings as they are now; equal identities give equal results."""
+        settings = self.identity_settings()
+        known: dict[bytes, str] = self.__dict__.setdefault("_identities", {})  # the weights take a while to read
+        key = _settings_bytes(settings)
+        if key not in known:
+            known[key] = f"{self.name}:{fingerprint(self.model, *settings)}"
+        return known[key]
+
+
 def fingerprint(model: torch.nn.Module, *settings: Any) -> str:
     """32 hex digits that change with any weight, its dtype, or a setting (JSON, or a config with `to_dict`)."""
-    digest = hashlib.sha256()
-    for setting in settings:
-        values = _lasting_settings(setting.to_dict()) if hasattr(setting, "to_dict") else setting
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\0")
+    digest = hashlib.sha256(_settings_bytes(settings))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+def _settings_bytes(settings: Iterable[Any]) -> bytes:
+    plain = [_lasting_settings(one.to_dict()) if hasattr(one, "to_dict") else one for one in settings]
+    return b"".join(json.dumps(values, sort_keys=True, default=str).encode() + b"\0" for values in plain)
 
 
 def _lasting_settings(values: Any) -> Any:

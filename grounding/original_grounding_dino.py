@@ -12,7 +12,6 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from objectcompose.grounding.grounding_dino import (
 from objectcompose.grounding.inputs import check_threshold
 from objectcompose.grounding.loading import (
     PUBLISHED_CHECKPOINTS,
+    NamedByContent,
     fill_model,
-    fingerprint,
     first_line,
     load_checkpoint_file,
     optional_package,
@@ -83,7 +82,7 @@ class PhraseTextEncoder(nn.Module):
         return {"last_hidden_state": self.encoder(hidden_states, attention_mask=bias).last_hidden_state}
 
 
-class OriginalGroundingDino:
+class OriginalGroundingDino(NamedByContent):
     """Boxes from a model of `groundingdino-py`.
 
     Args:
@@ -116,13 +115,9 @@ class OriginalGroundingDino:
             ]
         )
 
-    def identity(self) -> str:
-        """Names the weights and the settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        return f"{self.name}:{fingerprint(self.model, [self.threshold, self.text_threshold, self.short_side])}"
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
+        return [[self.threshold, self.text_threshold, self.short_side]]
 
     @torch.no_grad()
     def detect(self, pictures: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:

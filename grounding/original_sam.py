@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from PIL import Image
 from objectcompose.errors import ObjectComposeError
 from objectcompose.grounding.detection import Box, Detection
 from objectcompose.grounding.loading import (
+    NamedByContent,
     fill_model,
-    fingerprint,
     load_checkpoint_file,
     optional_package,
     require_float32,
@@ -36,7 +35,7 @@ ORIGINAL_SAM_FILES = {
 }
 
 
-class OriginalSam:
+class OriginalSam(NamedByContent):
     """Masks from a model of `segment-anything`, by its `SamPredictor` and `SamAutomaticMaskGenerator`.
 
     Args:
@@ -66,15 +65,11 @@ class OriginalSam:
             stability_score_thresh=min_stability,
         )
 
-    def identity(self) -> str:
-        """Names the weights and the settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
         # the picture's mean and deviation are buffers that no state dict holds
         extra = [self.model.image_encoder.img_size, self.model.pixel_mean.tolist(), self.model.pixel_std.tolist()]
-        return f"{self.name}:{fingerprint(self.model, self.settings, extra)}"
+        return [self.settings, extra]
 
     @torch.no_grad()
     def masks_in_boxes(self, pictures: Sequence[Image.Image], boxes: Sequence[Sequence[Box]]) -> list[torch.Tensor]:

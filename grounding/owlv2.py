@@ -7,7 +7,6 @@ protocols of MULTIGEN and VISOR do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import Owlv2ForObjectDetection, Owlv2Processor, OwlViTForObjec
 
 from objectcompose.grounding.detection import Detection, box_within_picture
 from objectcompose.grounding.inputs import check_threshold, check_token_counts
-from objectcompose.grounding.loading import fingerprint, load_pretrained
+from objectcompose.grounding.loading import NamedByContent, load_pretrained
 
 
 DEFAULT_OWLV2 = "google/owlv2-base-patch16-ensemble"
@@ -25,7 +24,7 @@ DEFAULT_OWLVIT = "google/owlvit-base-patch32"
 OWLV2_THRESHOLD = 0.1
 
 
-class Owlv2Detector:
+class Owlv2Detector(NamedByContent):
     """Boxes from transformers' OWLv2.
 
     Args:
@@ -42,14 +41,9 @@ class Owlv2Detector:
         self.processor: Any = processor
         self.threshold = check_threshold(threshold, "threshold")
 
-    def identity(self) -> str:
-        """Names the weights and the settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        settings = [self.threshold]
-        return f"{self.name}:{fingerprint(self.model, self.model.config, self.processor.image_processor, settings)}"
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
+        return [self.model.config, self.processor.image_processor, [self.threshold]]
 
     @torch.no_grad()
     def detect(self, pictures: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:

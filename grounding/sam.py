@@ -7,7 +7,6 @@ of points, filtered by predicted quality and stability, without duplicates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers import (
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.grounding.detection import Box, Detection, box_of_mask
-from objectcompose.grounding.loading import fingerprint, load_pretrained, optional_package
+from objectcompose.grounding.loading import NamedByContent, load_pretrained, optional_package
 
 
 DEFAULT_SAM = {
@@ -39,7 +38,7 @@ SAM_MIN_QUALITY = 0.88
 SAM_MIN_STABILITY = 0.95
 
 
-class SamSegmenter:
+class SamSegmenter(NamedByContent):
     """Masks from transformers' SAM family.
 
     Args:
@@ -64,14 +63,13 @@ class SamSegmenter:
         self.min_quality = min_quality
         self.min_stability = min_stability
 
-    def identity(self) -> str:
-        """Names the weights and the settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        settings = [self.points_per_side, self.min_quality, self.min_stability]
-        return f"{self.name}:{fingerprint(self.model, self.model.config, self.processor.image_processor, settings)}"
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
+        return [
+            self.model.config,
+            self.processor.image_processor,
+            [self.points_per_side, self.min_quality, self.min_stability],
+        ]
 
     @torch.no_grad()
     def masks_in_boxes(self, pictures: Sequence[Image.Image], boxes: Sequence[Sequence[Box]]) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """objectcompose: diffusers pipelines that compose several objects in one picture.
 
-Public names are loaded on first use, so `import objectcompose` costs nothing and every room may import the vocabulary
-(`objectcompose.errors`, `objectcompose.layout`) without starting an import circle.
+Public names are loaded on first use, so `import objectcompose` costs nothing and every sub-package may import the
+vocabulary (`objectcompose.errors`, `objectcompose.layout`) without starting an import circle.
 """
 
 from importlib import import_module

@@ -1,16 +1,20 @@
-"""The command line: a registry that each room's commands enter.
+"""The command line: a registry that each sub-package's commands enter.
 
 A command is a module with `HELP: str`, `add_arguments(parser)` and `main(args) -> int`; `COMMANDS` names it. A module
 with `HELP` and `COMMANDS` of its own holds further commands instead: `objectcompose evaluate multigen`. Modules are
-imported only for the command that was asked for, and for its help.
+imported only for the command that was asked for.
 """
 
 import argparse
+import ast
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 from objectcompose import __version__
+from objectcompose.command_help import examples_epilog
 from objectcompose.errors import ObjectComposeError
 
 
@@ -23,15 +27,29 @@ COMMANDS: dict[str, str] = {
 
 
 def _overview(program: str, commands: Mapping[str, str], description: str) -> argparse.ArgumentParser:
-    names = ", ".join(sorted(commands))
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {_help_of(commands[name])}" for name in sorted(commands)]
     parser = argparse.ArgumentParser(
         prog=program,
         description=description,
-        epilog=f"Commands: {names}. `{program} COMMAND --help` explains one.",
+        epilog="\n".join(["commands:", *lines, "", f"`{program} COMMAND --help` explains one, with examples."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"objectcompose {__version__}")
-    parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help=f"one of: {names}")
+    parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of those below")
     return parser
+
+
+def _help_of(module: str) -> str:
+    """`HELP` of a command's module, which is read and not imported: that takes seconds."""
+    if module in sys.modules:
+        return str(sys.modules[module].HELP)
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    for statement in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "HELP":
+            return str(ast.literal_eval(statement.value))
+    raise AssertionError(f"{module} has no HELP")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(program: str, commands: Mapping[str, str], description: str, arguments: list[str]) -> int:
-    name = _overview(program, commands, description).parse_args(arguments[:1]).command
+    name = arguments[0] if arguments else ""
+    if name not in commands:  # ends the program, with help or an error
+        name = _overview(program, commands, description).parse_args(arguments[:1]).command
     command = import_module(commands[name])
     program = f"{program} {name}"
     further = getattr(command, "COMMANDS", None)
     if further is not None:
         return _run(program, further, command.HELP, arguments[1:])
-    parser = argparse.ArgumentParser(prog=program, description=command.HELP)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=command.HELP,
+        epilog=examples_epilog(command.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments[1:])  # so that options may stand before and between phrases
     try:

@@ -158,7 +158,7 @@ def as_scene_objects(objects: Any, batch_size: int) -> list[list[SceneObject]]:
 def object_fields_used(obj: SceneObject, used: Iterable[str]) -> tuple[str, ...]:
     """The fields that `obj` sets to something other than their default and that are not among `used`.
 
-    A method puts them into `output.objects[i].unused`. Field order of `SceneObject`.
+    A method puts them into `output.objects[picture][i].unused`. Field order of `SceneObject`.
     """
     used = set(used)
     assert used <= set(OBJECT_FIELDS), f"no such fields: {sorted(used - set(OBJECT_FIELDS))}"
@@ -167,7 +167,7 @@ def object_fields_used(obj: SceneObject, used: Iterable[str]) -> tuple[str, ...]
 
 
 def require_object_fields(
-    objects: Sequence[SceneObject], needed: Iterable[str | tuple[str, ...]], method: str
+    objects: Sequence[SceneObject], needed: Iterable[str | tuple[str, ...]], method: str, where: str | None = None
 ) -> None:
     """Check that each object has the fields that a method needs.
 
@@ -175,17 +175,21 @@ def require_object_fields(
         objects: the objects of one prompt.
         needed: field names; a tuple of names means that one of them is enough, as in `("mask", "box")`.
         method: the name of the method, for the message.
+        where: only objects that have this field; None: all.
 
     Raises:
         MissingFieldError: names the object, the field and the method.
     """
+    which = "every object" if where is None else f"every object with `{where}`"
     for index, obj in enumerate(objects):
+        if where is not None and getattr(obj, where) is None:
+            continue
         for names in needed:
             names = (names,) if isinstance(names, str) else tuple(names)
             if all(getattr(obj, name) is None for name in names):
                 wanted = " or ".join(f"`{name}`" for name in names)
                 raise MissingFieldError(
-                    f"{method} needs {wanted} of every object; objects[{index}] has none: {shown_value(obj)}."
+                    f"{method} needs {wanted} of {which}; objects[{index}] has none: {shown_value(obj)}."
                 )
 
 
@@ -332,9 +336,14 @@ def _coco_box(bbox: Any, width: Any, height: Any) -> tuple[float, float, float, 
 def _listing_prompt(objects: Sequence[SceneObject]) -> str:
     names = [obj.phrase or "thing" for obj in objects]
     things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    if not things:
+    return prompt_of_phrases(things)
+
+
+def prompt_of_phrases(phrases: Sequence[str]) -> str:
+    """The phrases as a caption lists them: "a photo of a dog, a cup and two birds"; empty without phrases."""
+    if not phrases:
         return ""
-    return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
+    return "a photo of " + (", ".join(phrases[:-1]) + " and " if phrases[1:] else "") + phrases[-1]
 
 
 def _one_prompts_objects(entries: Sequence[Any], name: str) -> list[SceneObject]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,9 @@ from objectcompose.errors import ObjectComposeError
 
 
 Item = TypeVar("Item")
+#: How long a process waits for the others. They wait while one paints class or validation pictures, or has the longer
+#: share of a folder, which takes more than the 10 minutes after which NCCL kills a run.
+PROCESS_TIMEOUT = timedelta(hours=24)
 
 
 def process_state(device: str | None = None) -> PartialState:
@@ -20,7 +24,7 @@ def process_state(device: str | None = None) -> PartialState:
     Args:
         device: what was asked for; "cpu" keeps off the accelerator.
     """
-    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
 
 
 def groups_of_process(items: Sequence[Item], size: int, state: PartialState) -> Iterator[list[Item]]:

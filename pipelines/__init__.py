@@ -1,1 +1,1 @@
-"""The pipelines, one story each, and the steps, checks and plots that they share."""
+"""The pipelines, and the steps, checks and plots that they share."""

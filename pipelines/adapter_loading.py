@@ -9,16 +9,19 @@ Only public functions of diffusers are used.
 
 from __future__ import annotations
 
+import os
 from typing import Any, get_args, get_type_hints
 
 from objectcompose.adapters.folders import hub_id
 from objectcompose.errors import CheckpointError
+from objectcompose.pipelines.reference_images import encoder_side
 
 
 class AdapterLoaderMixin:
     """For pipelines with a component `adapter`, whose `__init__` names the adapter's class in its annotation."""
 
     adapter: Any
+    image_encoder: Any
     unet: Any
     components: Any
     register_modules: Any
@@ -32,12 +35,17 @@ class AdapterLoaderMixin:
 
         Raises:
             CheckpointFileError: it cannot be loaded.
-            CheckpointError: it was made for another base, or offloading is enabled already.
+            CheckpointError: it is something else, of another method, or made for another base; or offloading is
+                enabled already.
         """
         if any(hasattr(component, "_hf_hook") for component in self.components.values()):
             raise CheckpointError("`adapter` must be loaded before offloading is enabled, which would not move it.")
-        if not hasattr(adapter, "made_for"):
+        if isinstance(adapter, (str, os.PathLike)):
             adapter = adapter_class_of(type(self)).from_pretrained(adapter, **options)
+        if adapter is None:
+            raise CheckpointError(
+                "`adapter` must be an adapter, a folder or a Hub id, got None; see `unload_adapter`."
+            )
         self.check_adapter(adapter, self.unet)
         self.register_modules(adapter=adapter.to(device=self.unet.device, dtype=self.unet.dtype))
 
@@ -53,9 +61,33 @@ class AdapterLoaderMixin:
             self.register_modules(**own)
 
     def check_adapter(self, adapter: Any, unet: Any) -> None:
-        """Raise `CheckpointError` unless there is no adapter or it was made for this base; for `__init__`."""
-        if adapter is not None and unet is not None:
+        """Raise `CheckpointError` unless there is no adapter or it is this pipeline's kind and made for this base."""
+        if adapter is None:
+            return
+        wanted = adapter_class_of(type(self)).__name__
+        # by name: code that was flattened for the Hub holds classes of its own
+        if not hasattr(adapter, "made_for") or wanted not in (kind.__name__ for kind in type(adapter).__mro__):
+            raise CheckpointError(f"`adapter` must be a {wanted}, got {type(adapter).__name__}.")
+        if unet is not None:
             adapter.check_base(unet, hub_id(getattr(self, "name_or_path", None)))  # no name yet in `__init__`
+
+    def check_encoders(self) -> list[str]:
+        """Names of the layers that the adapter acts on.
+
+        Raises:
+            CheckpointError: there is no adapter or no image encoder, or they do not fit one another.
+        """
+        if self.adapter is None:
+            raise CheckpointError(
+                "`adapter` is needed for objects with an `image`, got None: give one to the pipeline, or call"
+                " `load_adapter`."
+            )
+        encoder_side(self.image_encoder)
+        wanted = self.adapter.encoder_widths
+        found = {name: getattr(self.image_encoder.config, name) for name in wanted}
+        if found != wanted:
+            raise CheckpointError(f"`image_encoder` must have the widths {wanted} that `adapter` reads, got {found}.")
+        return list(self.adapter.made_for.layer_widths)
 
 
 def adapter_class_of(pipeline_class: type) -> Any:

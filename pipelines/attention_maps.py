@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from objectcompose.attention_processors.install import attention_layers, match_layers, use_parts
 from objectcompose.attention_processors.probe import TokenMapProbe
+from objectcompose.attention_processors.regions import token_grid
 from objectcompose.errors import PartConflictError
 from objectcompose.pipelines.pipeline_output import PlacedObject
 
@@ -67,15 +68,6 @@ def check_still_installed(unet: Any, layers: Iterable[str]) -> None:
             )
 
 
-def token_grid(num_tokens: int, latent_height: int, latent_width: int) -> tuple[int, int]:
-    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
-    height, width = latent_height, latent_width
-    while height * width > num_tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
-    return height, width
-
-
 class PhraseMapRecorder:
     """Running mean of the attention maps of phrases.
 
@@ -114,8 +106,8 @@ class PhraseMapRecorder:
         if self._grid is None:
             self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
         for layer_map in maps.values():  # (B, HW, T)
-            membership = self._membership.to(layer_map.device)
-            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            self._membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ self._membership).transpose(1, 2)  # (B, N, HW)
             phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
             if phrase_map.shape[-2:] != self._grid:
                 phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)

@@ -41,9 +41,9 @@ class CallArguments:
         guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
-            return tensors that replace the loop's.
+            return a dict of tensors that replace the loop's.
         callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
-            "negative_prompt_embeds".
+            "negative_prompt_embeds"; None: none.
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from objectcompose.errors import CheckpointError, ImageInputError, NonFiniteError, ObjectComposeError
+from objectcompose.errors import CheckpointError, ImageInputError, LayoutError, NonFiniteError, ObjectComposeError
 from objectcompose.pipelines.steps import accepts_argument
 
 
@@ -62,6 +62,12 @@ def check_number(name: str, value: Any, minimum: float | None = None) -> None:
         raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ObjectComposeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_picture_size(height: int, width: int, vae_scale_factor: int) -> None:
     """Raise unless both sides are multiples of 8 and of the VAE's factor."""
     multiple = math.lcm(8, vae_scale_factor)
@@ -71,10 +77,19 @@ def check_picture_size(height: int, width: int, vae_scale_factor: int) -> None:
             raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
 
 
-def check_output_type(output_type: Any) -> None:
-    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
+def check_output_type(output_type: Any, vae: Any) -> None:
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`, and there is a VAE for all but "latent"."""
     if output_type not in OUTPUT_TYPES:
         raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if vae is None and output_type != "latent":
+        raise CheckpointError(f'`vae` is needed for `output_type` {output_type!r}, got None; "latent" does without.')
+
+
+def check_object_count(rows: Sequence[Sequence[Any]], maximum: int) -> None:
+    """Raise `LayoutError` unless each prompt has at most `maximum` objects."""
+    largest = max(map(len, rows))
+    if largest > maximum:
+        raise LayoutError(f"`objects` must hold at most {maximum} objects per prompt, got {largest}.")
 
 
 def check_embeds(name: str, embeds: Any, unet: Any) -> None:
@@ -237,7 +252,7 @@ def check_callback(callback: Callable | None, tensor_inputs: Any, allowed: Seque
     """Raise unless the callback can be called and asks only for tensors that the loop has."""
     if callback is not None and not callable(callback):
         raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
-    unknown = [name for name in tensor_inputs or () if name not in allowed]
+    unknown = [name for name in tensor_inputs if name not in allowed]
     if unknown:
         raise ObjectComposeError(
             f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"

@@ -59,7 +59,7 @@ class FirstStage:
         noise: `(M, C, h, w)`, where it started.
         random_states: of the generators then, for samplers that draw more noise.
         latents: its result.
-        matches: per picture a match for each object.
+        matches: per picture a match for each slot's object.
         recorder: of attention maps; None in fast mode.
     """
 
@@ -87,7 +87,7 @@ class GuidedRun:
         call: the arguments.
         options: how to guide.
         branch: of the object pictures; confined and refined here.
-        objects: per generated picture its `SceneObject`s.
+        objects: per generated picture its `SceneObject`s; those of scale 0 have no slot and match nothing.
         placed: per generated picture its objects; replaced by what matching and refinement found.
         map_layers: what `check_attention` returned.
         num_backgrounds: per generated picture the slots after the objects that hold a background prompt, 0 or 1.
@@ -110,8 +110,10 @@ class GuidedRun:
         self.colour, _ = clip_statistics(pipeline.feature_extractor)
         self.side = dino_side(pipeline.dino, pipeline.dino_processor)
         self.sources = random_sources(call.generator, pipeline._execution_device)
-        self.phrases = [[item.phrase for item in row] for row in objects]
-        self.references = self._embed_prompts([[item.image for item in row] for row in objects])
+        shown = [[item for item in row if item.scale] for row in objects]
+        self.places = [[place for place, item in enumerate(row) if item.scale] for row in objects]  # of the slots
+        self.phrases = [[item.phrase for item in row] for row in shown]
+        self.references = self._embed_prompts([[item.image for item in row] for row in shown])
 
     def run(self, state: SamplingState) -> tuple[SamplingState, PhraseMapRecorder | None]:
         """Sample from what `start_sampling` returned.
@@ -148,7 +150,7 @@ class GuidedRun:
         else:
             self._halve_schedule(state)
         self.pipeline.denoise(self.call, state, self.parts, recorder)
-        matches = [[ObjectMatch(None, None)] * len(row) for row in self.placed]
+        matches = [[ObjectMatch(None, None)] * len(row) for row in self.places]
         if not self.pipeline.interrupt:
             matches = self.match_pictures(state.latents)
         return FirstStage(start.latents, random_states, state.latents, matches, recorder)
@@ -159,11 +161,11 @@ class GuidedRun:
         """The run with regions and refinement; leaves its result in `state.latents`."""
         pipeline = self.pipeline
         masks = [
-            slot_masks([one.mask for one in row], count)
+            slot_masks([one.mask for one in row], count) or [None]  # without prompts: one slot that nobody sees
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
         is_free = [
-            [one.mask is None for one in row] + [True] * count
+            [one.mask is None for one in row] + [True] * count or [True]
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
         canvas = pipeline.latent_size(self.call.height, self.call.width)
@@ -184,8 +186,8 @@ class GuidedRun:
 
         pipeline.denoise(self.call, state, self.parts, recorder, before_step)
         for target, losses in zip(refiner.targets, refiner.refinement.losses, strict=True):
-            row = self.placed[target.picture]
-            row[target.slot] = replace(row[target.slot], refinement_losses=tuple(losses))
+            row, place = self.placed[target.picture], self.places[target.picture][target.slot]
+            row[place] = replace(row[place], refinement_losses=tuple(losses))
 
     def _targets(self, matches: Sequence[Sequence[ObjectMatch]]) -> list[RefinedObject]:
         return [
@@ -213,7 +215,7 @@ class GuidedRun:
         return embed_crops(self.pipeline.dino, torch.stack(list(crops)), statistics, self.pipeline._execution_device)
 
     def match_pictures(self, latents: torch.Tensor) -> list[list[ObjectMatch]]:
-        """Decode, segment, embed and assign; per picture a match for each object."""
+        """Decode, segment, embed and assign; per picture a match for each slot's object."""
         pipeline = self.pipeline
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         pictures = pipeline.image_processor.postprocess(decoded, output_type="pt").float()  # (M, 3, H, W)
@@ -221,6 +223,9 @@ class GuidedRun:
         matches = []
         for picture, image, reference, names in zip(pictures, images, self.references, self.phrases, strict=True):
             phrases = [name for name in names if name is not None]
+            if not names:
+                matches.append([])
+                continue
             masks = find_segments(self.options.segmenter, image, phrases if len(phrases) == len(names) else None)
             if not len(masks):
                 matches.append([ObjectMatch(None, None)] * len(names))
@@ -230,15 +235,15 @@ class GuidedRun:
         return matches
 
     def _note_matches(self, matches: Sequence[Sequence[ObjectMatch]]) -> None:
-        for row, found in zip(self.placed, matches, strict=True):
-            for slot, one in enumerate(found):
+        for row, places, found in zip(self.placed, self.places, matches, strict=True):
+            for place, one in zip(places, found, strict=True):
                 box = None
                 if one.mask is not None:
                     height, width = one.mask.shape
                     top, bottom, left, right = mask_bounds(one.mask)
                     box = (left / width, top / height, right / width, bottom / height)
-                row[slot] = replace(
-                    row[slot], matched=one.mask is not None, similarity=one.similarity, region=one.mask, box=box
+                row[place] = replace(
+                    row[place], matched=one.mask is not None, similarity=one.similarity, region=one.mask, box=box
                 )
 
     # ---- noise and schedule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,10 @@ import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
 from objectcompose.errors import ObjectComposeError
+
+
+#: Hooks of diffusers that exchange weights around a forward pass, so that a backward pass meets others.
+_WEIGHT_HOOKS = {"group_offloading": "group offloading", "layerwise_casting": "layerwise casting"}
 
 
 def check_gradients_allowed(unet: Any, argument: str, remedy: str) -> None:
@@ -29,6 +33,32 @@ def check_gradients_allowed(unet: Any, argument: str, remedy: str) -> None:
         raise ObjectComposeError(
             f"`{argument}` needs gradients, which a `unet` that was made in inference mode forbids; {remedy}."
         )
+
+
+def check_weights_stay(models: Mapping[str, Any], argument: str, remedy: str) -> None:
+    """Refuse what needs gradients through models whose weights are gone, or others, after a forward pass.
+
+    Args:
+        models: by the names of their components; None is none.
+        argument: what asks for gradients, for the message.
+        remedy: what to do instead, likewise.
+
+    Raises:
+        ObjectComposeError: a model is offloaded by groups, or stored in another dtype than it computes in.
+    """
+    for component, model in models.items():
+        for module in [] if model is None else model.modules():
+            for hook, what in _WEIGHT_HOOKS.items():
+                if has_model_hook(module, hook):
+                    raise ObjectComposeError(
+                        f"`{argument}` needs gradients through `{component}`, which {what} forbids, since it changes"
+                        f" the weights before the backward pass; {remedy}."
+                    )
+
+
+def has_model_hook(module: Any, name: str) -> bool:
+    """Whether a module itself has a hook of diffusers' registry."""
+    return hasattr(module, "_diffusers_hook") and name in module._diffusers_hook.hooks
 
 
 @contextmanager

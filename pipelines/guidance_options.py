@@ -9,7 +9,7 @@ from typing import Any
 from objectcompose.errors import CheckpointError, ObjectComposeError
 from objectcompose.pipelines.call_arguments import CallArguments
 from objectcompose.pipelines.call_checks import check_count, check_number
-from objectcompose.pipelines.gradient_passes import check_gradients_allowed
+from objectcompose.pipelines.gradient_passes import check_gradients_allowed, check_weights_stay
 from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD, check_segmenter, dino_side
 from objectcompose.pipelines.token_refinement import PREDICTION_TYPES, REFINEMENT_STEPS, signal_share
 
@@ -84,6 +84,9 @@ def _check_refinable(pipeline: Any, parts: Sequence[Any]) -> None:
         raise ObjectComposeError(f"`scheduler` must predict one of {', '.join(PREDICTION_TYPES)}, got {kind!r}.")
     signal_share(pipeline.scheduler, 0)
     check_gradients_allowed(pipeline.unet, "refinement_steps", remedy)
+    decoder = "vae" if pipeline.tiny_vae is None else "tiny_vae"
+    through = {name: getattr(pipeline, name) for name in ("unet", decoder, "dino", "adapter")}
+    check_weights_stay(through, "refinement_steps", remedy)
     if any(parameter.device.type == "meta" for parameter in pipeline.unet.parameters()):
         raise ObjectComposeError(f"`refinement_steps` cannot work under sequential offloading; {remedy}.")
     for index, part in enumerate(parts):

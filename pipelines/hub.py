@@ -6,7 +6,7 @@ each `pipeline_*.py` with everything it imports from the package into `hub_files
 guessed: whatever cannot be merged exactly (a name defined in two modules, an alias, an import inside a function, ...)
 is a build error that names the file and line.
 
-How modules must be written to be mergeable: imports from the package at the top level, `from package.room.module
+How modules must be written to be mergeable: imports from the package at the top level, `from package.folder.module
 import Name` without alias; module-level names unique across the merged modules. Imports under `if TYPE_CHECKING:` are
 dropped. A module with `from __future__ import annotations` gets its annotations quoted instead, because that import
 would act on the whole merged file, where diffusers reads the real annotations of the pipeline's `__init__`.
@@ -268,9 +268,9 @@ def _refuse_shared_lines(tree: ast.Module, removed: set[int], name: str) -> None
 def hub_sources() -> dict[Path, str]:
     """Path below `HUB_FOLDER` -> source, for each module of a pipeline and of an adapter."""
     package = __name__.split(".")[0] if __name__ != "__main__" else "objectcompose"
-    rooms = HUB_FOLDER.parents[1]
-    pipelines = sorted(path.stem for path in rooms.glob("pipelines/pipeline_*.py") if path.stem != "pipeline_output")
-    adapters = sorted(path.stem for path in rooms.glob("adapters/*_adapter.py"))
+    folders = HUB_FOLDER.parents[1]
+    pipelines = sorted(path.stem for path in folders.glob("pipelines/pipeline_*.py") if path.stem != "pipeline_output")
+    adapters = sorted(path.stem for path in folders.glob("adapters/*_adapter.py"))
     sources = {Path(stem) / "pipeline.py": flatten(f"{package}.pipelines.{stem}") for stem in pipelines}
     return sources | {Path(stem) / f"{stem}.py": flatten(f"{package}.adapters.{stem}") for stem in adapters}
 

@@ -1,4 +1,4 @@
-"""What `objectcompose.training.learn_mifo` leaves, put on a pipeline: placeholders, and LoRA layers if it has any."""
+"""What `objectcompose.training.learn_mifo` leaves, put on a pipeline: placeholders, and LoRA or a delta if any."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from objectcompose.adapters.folders import loading_errors
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import CheckpointError, MissingPackageError
 
 
@@ -38,29 +39,38 @@ def load_instances(pipeline: Any, folder: str | Path) -> list[str]:
     Args:
         pipeline: with tokenizer and text encoder of the base that they were learned on. Placeholders that it has
             already, as a checkpoint of stage 2 has them, stay as they are.
-        folder: output of `learn_mifo`, or one laid out like it: `embeddings/*.safetensors`, and LoRA layers in
-            `weights/` where stage 2 trained some.
+        folder: output of `learn_mifo`, or one laid out like it: `embeddings/*.safetensors`, and LoRA layers or a
+            `UNetDelta` in `weights/` where stage 2 trained them. A delta comes with placeholders that are new.
 
     Returns:
         The placeholders' names.
 
     Raises:
-        CheckpointError: there are none, or they are of another base.
+        CheckpointError: there are none, they are of another base, or stage 2 left a whole pipeline, which is loaded
+            in place of the base. The pipeline is as it was then.
         MissingPackageError: LoRA layers need peft.
     """
     names = learned_names(folder)
+    weights = Path(folder) / WEIGHT_FOLDER
     width = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
     known = pipeline.tokenizer.get_vocab()
-    for name, path in names.items():
-        if name not in known:
-            found = _name_and_width(path)[1]
-            if found != width:
-                raise CheckpointError(
-                    f"`folder` {str(folder)!r} must be of this pipeline's base: {name} has {found} numbers a vector,"
-                    f" the text encoder {width}."
-                )
-            pipeline.load_textual_inversion(str(path.parent), weight_name=path.name)
-    weights = Path(folder) / WEIGHT_FOLDER
+    new = {name: path for name, path in names.items() if name not in known}
+    if new and (weights / "model_index.json").is_file():
+        raise CheckpointError(
+            f"`folder` {str(folder)!r} holds a whole fine-tuned pipeline: load it with"
+            f" `MIFOPipeline.from_pretrained({str(weights)!r})`, in commands with `--model {weights}`."
+        )
+    for name, path in new.items():
+        found = _name_and_width(path)[1]
+        if found != width:
+            raise CheckpointError(
+                f"`folder` {str(folder)!r} must be of this pipeline's base: {name} has {found} numbers a vector,"
+                f" the text encoder {width}."
+            )
+    if new and (weights / DELTA_NAME).is_file():
+        UNetDelta.load(weights / DELTA_NAME).attach(pipeline.unet)
+    for path in new.values():
+        pipeline.load_textual_inversion(str(path.parent), weight_name=path.name)
     if (weights / _LORA_NAME).is_file():
         with loading_errors(str(weights), refuses_pickles=True):
             try:

@@ -29,7 +29,11 @@ from objectcompose.errors import ObjectComposeError, RegionError
 from objectcompose.layout import SceneObject, as_scene_objects, require_object_fields
 from objectcompose.pipelines.attention_maps import check_installable
 from objectcompose.pipelines.call_arguments import CallArguments, SamplingState
-from objectcompose.pipelines.gradient_passes import check_gradients_allowed, held_lora_scale
+from objectcompose.pipelines.gradient_passes import (
+    check_gradients_allowed,
+    check_weights_stay,
+    held_lora_scale,
+)
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.placement import place_phrases
 from objectcompose.pipelines.subject_tokens import check_placeholders, prompt_subjects
@@ -81,7 +85,8 @@ class MIFOBoxControl:
 
     Args:
         objects: `SceneObject`s or dicts, one list for all prompts or one per prompt. Each needs a `phrase` of the
-            prompt or a learned `token`, and a `box` or `mask` (where both are given, the mask).
+            prompt or a learned `token`, and a `box` or `mask` (where both are given, the mask). Objects of one phrase
+            take its places in the prompt in turn; those left over share the last one, as the dogs of "two dogs" do.
         options: `BoxControlOptions`, or a dict with some of its and `RefinementOptions`' fields.
         loss_layers: attention layers that the loss reads, a regex or a list of names; None: see `control_layers`.
         map_layers: those whose maps refine the masks, all of one grid; None likewise.
@@ -111,13 +116,14 @@ class MIFOBoxControl:
 
         Raises:
             ObjectComposeError: or one of its subclasses; see `controlled_prompts` and `choose_layers`. Or steps are
-                guided in inference mode.
+                guided in inference mode, under group offloading or layerwise casting.
         """
         prompts = [prompt for prompt in self.controlled_prompts(pipeline, call) if prompt.placed]
         if not prompts or self.options.guided_steps == 0:
             return
         remedy = "call it in `torch.no_grad` alone, or use `guided_steps` 0 for masks without guidance"
         check_gradients_allowed(pipeline.unet, "guided_steps", remedy)
+        check_weights_stay({"unet": pipeline.unet}, "guided_steps", "use `guided_steps=0` for masks without guidance")
         grids = self._loss_grids(pipeline.unet, pipeline.latent_size(call.height, call.width))
         covered = [all(bool((prompt.pyramid.at(grid) > 0).any(0).all()) for grid in grids) for prompt in prompts]
         if any(covered):
@@ -156,7 +162,9 @@ class MIFOBoxControl:
             if pipeline.tokenizer is not None:
                 check_placeholders(pipeline.tokenizer, row)
         used = ("phrase", "token", "box", "mask")
-        placed = place_phrases(pipeline.tokenizer, call.prompt, rows, (call.height, call.width), used, self.method)
+        placed = place_phrases(
+            pipeline.tokenizer, call.prompt, rows, (call.height, call.width), used, self.method, may_share=True
+        )
         assert texts is not None  # `place_phrases` refuses objects without a prompt
         layers = self.choose_layers(pipeline.unet, canvas)
         # Something on every layer, as the masks will be: the processors there must be replaceable.
@@ -189,7 +197,8 @@ class MIFOBoxControl:
             raise RegionError(
                 f"`objects` must be at most {limit} on the grid {layers.map_grid}, got {len(objects)} for {prompt!r}."
             )
-        return ControlledPrompt(prompt_subjects(tokenizer, prompt, objects, placed), pyramid, placed)
+        subjects = prompt_subjects(tokenizer, prompt, objects, placed, self.options.filtered_words)
+        return ControlledPrompt(subjects, pyramid, placed)
 
     def choose_layers(self, unet: Any, canvas: tuple[int, int]) -> ControlLayers:
         """The layers that loss and refinement read; `canvas` is (h, w) of the latents.
@@ -283,7 +292,10 @@ class BoundBoxControl:
 
         # Schedulers of second order start every other step from latents that they stored, whatever these here are.
         is_kept = getattr(self.pipeline.scheduler, "state_in_first_order", True)
-        return self.run.before_step(step, latents, scale_input, forward, is_kept)
+        moved = self.run.before_step(step, latents, scale_input, forward, is_kept)
+        if hasattr(self.pipeline.scheduler, "last_sample") and not torch.equal(moved, latents):
+            self.pipeline.scheduler.last_sample = None  # from where UniPC's corrector would do the last step anew
+        return moved
 
     def _has_foreign_parts(self) -> bool:
         """Whether masks or branches of others are installed, which change what the layers compute."""

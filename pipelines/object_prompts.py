@@ -144,7 +144,7 @@ class ObjectPromptBranch:
 
     Args:
         adapter: projects tokens to keys and values of each layer.
-        tokens: of the M pictures.
+        tokens: of the M pictures, one slot of which is taken at least.
         caches: kept by the pipeline, so that the same tokens are not projected again; never stale.
 
     Attributes:
@@ -156,8 +156,9 @@ class ObjectPromptBranch:
         self.adapter, self.tokens = adapter, tokens
         nulls = self._project(caches, "null_", tokens.null_keys, tokens.null_values)
         shown = self._project(caches, "", tokens.keys, tokens.values)
-        first = float(tokens.scales.flatten()[0])
-        is_uniform = bool((tokens.scales[tokens.present] == first).all())
+        strengths = tokens.scales[tokens.present]
+        first = float(strengths[0])
+        is_uniform = bool((strengths == first).all())
         self.part = Branch(
             GuidedKeysValues(nulls, shown),
             scale=first if is_uniform else tokens.scales.repeat(2, 1),

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from objectcompose.attention_processors.regions import rasterize
-from objectcompose.pipelines.attention_maps import token_grid
+from objectcompose.attention_processors.regions import rasterize, token_grid
 
 
 #: A cell belongs to a region from this coverage on; at the border to what no segment claims, both sides see it.

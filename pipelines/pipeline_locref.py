@@ -7,7 +7,8 @@ the place of text inside the boxes (`fusion_parts`). Outside, and without refere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -28,15 +29,15 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from objectcompose.adapters.locref_adapter import LocRefAdapter
 from objectcompose.attention_processors.reference_fusion import FusionSettings
-from objectcompose.errors import CheckpointError, ObjectComposeError
+from objectcompose.errors import ObjectComposeError
 from objectcompose.layout import as_scene_objects
 from objectcompose.pipelines.adapter_loading import AdapterLoaderMixin
 from objectcompose.pipelines.call_arguments import CallArguments, describes_shared_arguments
-from objectcompose.pipelines.call_checks import check_number
+from objectcompose.pipelines.call_checks import check_number, check_object_count, check_switch
 from objectcompose.pipelines.pipeline_output import LocRefOutput, PlacedObject
 from objectcompose.pipelines.placement import place_objects, warn_unused_fields
-from objectcompose.pipelines.reference_images import encoder_side
 from objectcompose.pipelines.reference_scenes import (
+    MAX_LOCREF_OBJECTS,
     ReferenceScene,
     check_locref_objects,
     composite_pictures,
@@ -114,14 +115,14 @@ class LocRefPipeline(
         self.register_modules(adapter=adapter)
 
     def check_inputs(
-        self, call: CallArguments, objects: Any, settings: FusionSettings, return_composite: bool = False
+        self, call: CallArguments, objects: Any, options: Mapping[str, Any], return_composite: bool = False
     ) -> tuple[list[list[PlacedObject]], list[ReferenceScene], list[str]]:
         """Refuse what a call cannot use, before any model runs.
 
         Args:
             call: the shared arguments.
             objects: as in `__call__`.
-            settings: what `fusion_settings` returned.
+            options: those of the fusion that the call gives, of `FusionSettings` and `null_references`.
             return_composite: as in `__call__`.
 
         Returns:
@@ -132,47 +133,30 @@ class LocRefPipeline(
             ObjectComposeError: or one of its subclasses, all of them `ValueError`; the message names the argument.
         """
         batch_size = self.check_call(call)
-        for name in ("ci_scale", "ri_scale", "gamma"):
-            check_number(name, getattr(settings, name), minimum=0.0)
+        for name, value in options.items():
+            if name in ("region_mask", "null_references"):
+                check_switch(name, value)
+            else:
+                check_number(name, value, minimum=0.0)
         rows = as_scene_objects(objects, batch_size)
+        check_object_count(rows, MAX_LOCREF_OBJECTS)
         for row in rows:
-            check_locref_objects(row)
-        if any(has_reference(item) for row in rows for item in row):
-            self.check_encoders()
+            check_locref_objects(row, type(self).__name__)
+        if options and all(item.image is None for row in rows for item in row):
+            raise ObjectComposeError(f"`{next(iter(options))}` needs `objects` with an `image`, got none.")
+        has_references = any(has_reference(item) for row in rows for item in row)
+        own_layers = self.check_encoders() if has_references else []
         if return_composite and (self.adapter is None or self.adapter.config.composite != "image"):
             raise ObjectComposeError("`return_composite=True` needs an `adapter` that reads a composite image.")
         canvas = (call.height, call.width)
         placed = place_objects(self.tokenizer, call.prompt, rows, canvas, locref_fields)
         scenes = [reference_scene(row, self.latent_size(*canvas)) for row in rows]
-        has_references = any(scene.references for scene in scenes)
-        own_layers = list(self.adapter.config.layer_widths) if has_references else []
         return placed, scenes, self.check_attention(call, placed, own_layers)
 
-    def check_encoders(self) -> None:
-        """Raise `CheckpointError` unless there are an adapter and an image encoder that fit one another."""
-        if self.adapter is None:
-            raise CheckpointError(
-                "`adapter` is needed for objects with an `image`, got None: give one to the pipeline, or call"
-                " `load_adapter`."
-            )
-        encoder_side(self.image_encoder)
-        config = self.image_encoder.config
-        feature, wanted = self.adapter.config.feature, self.adapter.config.image_width
-        width = config.hidden_size if feature == "pooled" else config.projection_dim
-        if width != wanted:
-            raise CheckpointError(
-                f"`image_encoder` must give the adapter vectors of width {wanted} ({feature}), got one that gives"
-                f" {width}."
-            )
-
-    def fusion_settings(
-        self, ci_scale: float | None, ri_scale: float | None, gamma: float | None, region_mask: bool | None
-    ) -> FusionSettings:
+    def fusion_settings(self, options: Mapping[str, Any]) -> FusionSettings:
         """Strengths and switches of a call: what it gives, else what the adapter was trained for."""
-        given = {"ci_scale": ci_scale, "ri_scale": ri_scale, "gamma": gamma, "region_mask": region_mask}
-        config = None if self.adapter is None else self.adapter.config
-        default = {} if config is None else {name: getattr(config, name) for name in given}
-        return FusionSettings(**{**default, **{name: value for name, value in given.items() if value is not None}})
+        names = [field.name for field in fields(FusionSettings)]
+        return FusionSettings(**{name: options.get(name, getattr(self.adapter.config, name)) for name in names})
 
     @torch.no_grad()
     @describes_shared_arguments
@@ -222,7 +206,8 @@ class LocRefPipeline(
                 `phrase` of it. `scale` 0 is as if there were no `image`; any other multiplies the attention to the
                 object's own reference (with `ri_scale`), and neither its part of the composite image nor how much of
                 the text stays in its box (`gamma`).
-            ci_scale: strength of the composite image, at least 0. Default, here and below: the adapter's.
+            ci_scale: strength of the composite image, at least 0. Default, here and below: the adapter's. This and the
+                four below need an object with an `image`.
             ri_scale: strength of the references, at least 0.
             gamma: share of the text that stays inside the boxes, at least 0.
             region_mask: whether each reference acts in its own box only; False is an ablation.
@@ -240,8 +225,15 @@ class LocRefPipeline(
         """
         # 1. Refuse bad input; place the objects
         call = self.take_arguments(locals())
-        settings = self.fusion_settings(ci_scale, ri_scale, gamma, region_mask)
-        placed, scenes, map_layers = self.check_inputs(call, objects, settings, return_composite)
+        options = {
+            "ci_scale": ci_scale,
+            "ri_scale": ri_scale,
+            "gamma": gamma,
+            "region_mask": region_mask,
+            "null_references": null_references,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        placed, scenes, map_layers = self.check_inputs(call, objects, options, return_composite)
         warn_unused_fields(placed, type(self).__name__, self._warned_unused)
         placed = [row for row in placed for _ in range(call.num_images_per_prompt)]  # per prompt -> per picture
 
@@ -254,8 +246,9 @@ class LocRefPipeline(
             vectors = encode_scenes(
                 scenes, canvas, self.image_encoder, self.feature_extractor, self.adapter, state.device
             )
-            null_references = self.adapter.config.null_references if null_references is None else null_references
-            with_nulls = self.do_classifier_free_guidance and null_references
+            with_nulls = options.get("null_references", self.adapter.config.null_references)
+            with_nulls = with_nulls and self.do_classifier_free_guidance
+            settings = self.fusion_settings(options)
             own_parts = scene_parts(self.adapter, scenes, vectors, settings, call.num_images_per_prompt, with_nulls)
         composite = None
         if return_composite:

@@ -159,7 +159,8 @@ class MIFOPipeline(
 
         Args:
             objects: `SceneObject`s or dicts, one list for all prompts or one per prompt. Each needs a learned `token`
-                or a `phrase`, that occurs in the prompt, and a `box` or `mask`.
+                or a `phrase`, that occurs in the prompt, and a `box` or `mask`. Several may share one place: "dogs"
+                twice, with two boxes, in "a photo of two dogs".
             box_control: `BoxControlOptions`, or a dict with some of its and `RefinementOptions`' fields, such as
                 `{"penalty": "none"}`, `{"attention": "self"}`, `{"refine": False}` or `{"guided_steps": 0}`.
             use_box_control: False paints the prompt alone; the objects are still found and checked.

@@ -36,18 +36,19 @@ from transformers import (
 )
 
 from objectcompose.adapters.object_prompt_adapter import ObjectPromptAdapter
-from objectcompose.errors import CheckpointError, LayoutError, MissingFieldError, ObjectComposeError
+from objectcompose.errors import LayoutError, MissingFieldError, ObjectComposeError
 from objectcompose.layout import SceneObject, as_scene_objects, require_object_fields
 from objectcompose.layout_fields import check_picture
 from objectcompose.pipelines.adapter_loading import AdapterLoaderMixin
 from objectcompose.pipelines.call_arguments import CallArguments, describes_shared_arguments
+from objectcompose.pipelines.call_checks import check_object_count
 from objectcompose.pipelines.composition_guidance import GuidedRun
+from objectcompose.pipelines.gradient_passes import has_model_hook
 from objectcompose.pipelines.guidance_options import GuidanceOptions, check_guidance
 from objectcompose.pipelines.object_matching import SIMILARITY_THRESHOLD
 from objectcompose.pipelines.object_prompts import ObjectPromptBranch, pack_tokens, prompt_tokens
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.placement import place_objects, warn_unused_fields
-from objectcompose.pipelines.reference_images import encoder_side
 from objectcompose.pipelines.sampling import SamplingMixin
 from objectcompose.pipelines.saving import HubSavingMixin
 from objectcompose.pipelines.token_refinement import REFINEMENT_STEPS
@@ -160,43 +161,32 @@ class ObjectPromptPipeline(
         rows = as_scene_objects(objects, batch_size)
         backgrounds = _background_pictures(background, batch_size)
         own_layers: list[str] = []
-        if objects is not None:
-            for row in rows:
-                if not 1 <= len(row) <= MAX_PROMPTED_OBJECTS:
-                    raise LayoutError(
-                        f"`objects` must be 1 to {MAX_PROMPTED_OBJECTS} objects for each prompt, got {len(row)}."
-                    )
-                require_object_fields(row, ["image"], type(self).__name__)
-            own_layers = self._check_prompt_models()
-        elif background is not None or compositional_guidance:
+        check_object_count(rows, MAX_PROMPTED_OBJECTS)
+        for row in rows:
+            require_object_fields(row, ["image"], type(self).__name__)
+        if not any(rows) and (any(backgrounds) or compositional_guidance):
             name = "compositional_guidance" if compositional_guidance else "background"
             raise MissingFieldError(f"`{name}` needs `objects` with an `image` each, got none.")
+        shown = [[item for item in row if item.scale] for row in rows]
+        if any(shown) or any(backgrounds):
+            own_layers = self.check_encoders()
+            if has_model_hook(self.adapter, "group_offloading"):
+                raise ObjectComposeError(
+                    "`adapter` runs in parts and cannot be offloaded in blocks: leave it out, with"
+                    ' `enable_group_offload(..., exclude_modules=["adapter"])`.'
+                )
         placed = place_objects(
             self.tokenizer, call.prompt, rows, (call.height, call.width), lambda item: ("phrase", "image", "scale")
         )
         map_layers = self.check_attention(call, placed, own_layers)
         if compositional_guidance:
-            if not any(item.scale for row in rows for item in row):
+            if not any(shown):
                 raise ObjectComposeError("`compositional_guidance` needs an object with a `scale` above 0.")
-            has_phrases = all(item.phrase is not None for row in rows for item in row)
+            has_phrases = all(item.phrase is not None for row in shown for item in row)
             check_guidance(self, call, options, has_phrases, batch_size * call.num_images_per_prompt)
         elif options.changed():
             raise ObjectComposeError(f"`{options.changed()[0]}` needs `compositional_guidance=True`.")
         return rows, backgrounds, placed, map_layers
-
-    def _check_prompt_models(self) -> list[str]:
-        """Names of the layers that the adapter acts on, where it can read the image encoder."""
-        if self.adapter is None:
-            raise CheckpointError("`objects` needs an `adapter`: give one, or call `load_adapter`.")
-        encoder_side(self.image_encoder)
-        found = (self.image_encoder.config.projection_dim, self.image_encoder.config.hidden_size)
-        wanted = (self.adapter.config.embed_width, self.adapter.config.grid_width)
-        if found != wanted:
-            raise CheckpointError(
-                f"`adapter` reads an image encoder of widths {wanted} (embeds, hidden states), `image_encoder` has"
-                f" {found}."
-            )
-        return list(self.adapter.made_for.layer_widths)
 
     # ---- the method
 
@@ -208,14 +198,15 @@ class ObjectPromptPipeline(
     def prompt_branch(
         self, rows: Sequence[Sequence[SceneObject]], backgrounds: Sequence[Any], num_images_per_prompt: int
     ) -> ObjectPromptBranch | None:
-        """The branch of a call's object pictures; None where all of them have scale 0.
+        """The branch of a call's object pictures; None where there is none, or all of them have scale 0.
 
         Args:
-            rows: per prompt its objects, one at least.
+            rows: per prompt its objects; those of scale 0 take no part.
             backgrounds: per prompt a PIL image or None; it takes the slot after the objects.
             num_images_per_prompt: pictures per prompt.
         """
-        if not any(item.scale for row in rows for item in row) and not any(backgrounds):
+        rows = [[item for item in row if item.scale] for row in rows]
+        if not any(rows) and not any(backgrounds):
             return None
         device, adapter = self._execution_device, self.adapter
         # prompts often share their objects: each picture is encoded once
@@ -283,8 +274,9 @@ class ObjectPromptPipeline(
         """Sample pictures.
 
         Args:
-            objects: `SceneObject`s or dicts, one list for all prompts or one per prompt, 1 to 6 each. Each needs an
-                `image`, best an RGBA cut-out; `scale` is its strength; a `phrase`, if given, must occur in the prompt.
+            objects: `SceneObject`s or dicts, one list for all prompts or one per prompt, at most 6 each. Each needs
+                an `image`, best an RGBA cut-out; `scale` is its strength, 0 is as if it were not there; a `phrase`, if
+                given, must occur in the prompt.
             background: a picture (PIL or path) of the scene behind them, or a list with one or None per prompt.
             compositional_guidance: sample twice. What the first picture shows is matched to the objects; the second
                 one confines each object to its segment and refines how it looks there. Callbacks see both runs.
@@ -319,14 +311,14 @@ class ObjectPromptPipeline(
         state = self.start_sampling(call, len(placed))
 
         # 3. Object pictures to tokens, keys and values: the branch beside the text's attention
-        branch = None if objects is None else self.prompt_branch(rows, backgrounds, num_per_prompt)
+        branch = self.prompt_branch(rows, backgrounds, num_per_prompt)
 
         # 4. One run; or two, the second one guided by what the first one shows
         if compositional_guidance:
             assert branch is not None  # some object has a scale above 0
-            shown = [row for row in rows for _ in range(num_per_prompt)]
+            of_pictures = [row for row in rows for _ in range(num_per_prompt)]
             num_backgrounds = [int(scene is not None) for scene in backgrounds for _ in range(num_per_prompt)]
-            guided = GuidedRun(self, call, options, branch, shown, placed, map_layers, num_backgrounds)
+            guided = GuidedRun(self, call, options, branch, of_pictures, placed, map_layers, num_backgrounds)
             state, recorder = guided.run(state)
         else:
             recorder = self.make_recorder(call, placed, map_layers)

@@ -7,8 +7,14 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from objectcompose.errors import MissingFieldError, ObjectComposeError
-from objectcompose.layout import SceneObject, as_scene_objects, check_canvas, object_fields_used
+from objectcompose.errors import ObjectComposeError
+from objectcompose.layout import (
+    SceneObject,
+    as_scene_objects,
+    check_canvas,
+    object_fields_used,
+    require_object_fields,
+)
 from objectcompose.pipelines.pipeline_output import PlacedObject
 from objectcompose.pipelines.token_utils import find_phrases
 
@@ -23,6 +29,7 @@ def place_phrases(
     canvas: tuple[int, int],
     used: Iterable[str],
     method: str,
+    may_share: bool = False,
 ) -> list[list[PlacedObject]]:
     """Find each object's phrase in its prompt.
 
@@ -33,13 +40,15 @@ def place_phrases(
         canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
+        may_share: objects of the same phrase that find no place of their own share the last one that it has, as the
+            dogs of "two dogs" do; else they are refused.
 
     Returns:
         B lists, one `PlacedObject` per object.
 
     Raises:
         MissingFieldError: an object has neither `phrase` nor `token`.
-        PhraseNotFoundError: a phrase does not occur in its prompt.
+        PhraseNotFoundError: a phrase does not occur in its prompt, or not often enough.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
         RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
@@ -50,14 +59,10 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
-    for prompt, row in zip(texts, rows, strict=True):
-        for index, item in enumerate(row):
-            if _object_name(item) is None:
-                raise MissingFieldError(
-                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
-                )
+    for row in rows:
+        require_object_fields(row, [("phrase", "token")], method)
     used = tuple(used)
-    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used, may_share)
 
 
 def place_objects(
@@ -66,6 +71,7 @@ def place_objects(
     rows: Sequence[Sequence[SceneObject]],
     canvas: tuple[int, int],
     used_fields: Callable[[SceneObject], Iterable[str]],
+    may_share: bool = False,
 ) -> list[list[PlacedObject]]:
     """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
 
@@ -75,6 +81,7 @@ def place_objects(
         rows: per prompt its objects.
         canvas: height and width of the picture, in pixels.
         used_fields: the fields that the method uses of an object.
+        may_share: as in `place_phrases`.
 
     Raises:
         PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
@@ -88,7 +95,7 @@ def place_objects(
     if tokenizer is None:
         raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+    return [_place_row(tokenizer, text, row, used_fields, may_share) for text, row in zip(texts, rows, strict=True)]
 
 
 def _object_name(item: SceneObject) -> str | None:
@@ -100,9 +107,10 @@ def _place_row(
     prompt: str,
     objects: Sequence[SceneObject],
     used_fields: Callable[[SceneObject], Iterable[str]],
+    may_share: bool,
 ) -> list[PlacedObject]:
     names = [name for name in map(_object_name, objects) if name is not None]
-    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
+    positions = iter(find_phrases(tokenizer, prompt, names, may_share) if names else [])
     placed: list[PlacedObject] = []
     seen: dict[str, int] = {}
     for item in objects:

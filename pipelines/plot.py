@@ -129,6 +129,8 @@ def _draw_box(picture: Image.Image, box: Sequence[float]) -> None:
 def overlay_output(output: ComposeOutput, opacity: float = 0.6, colours: str = "heat") -> list[dict[str, Image.Image]]:
     """Overlays of a whole pipeline output: per picture, one for the label of each object.
 
+    Objects without a phrase have neither label nor map, and no overlay.
+
     Raises:
         ObjectComposeError: the output has no attention maps or its `images` are not PIL images.
     """
@@ -138,7 +140,7 @@ def overlay_output(output: ComposeOutput, opacity: float = 0.6, colours: str = "
         raise ObjectComposeError('`output.images` must be PIL images: call the pipeline with `output_type="pil"`.')
     rows = zip(output.images, output.objects, output.attention, strict=True)
     return [
-        {item.label: overlay_map(image, maps.get(item.label), item.box, opacity, colours) for item in placed}
+        {item.label: overlay_map(image, maps[item.label], item.box, opacity, colours) for item in placed if item.label}
         for image, placed, maps in rows
     ]
 

@@ -168,11 +168,16 @@ def encode_references(image_encoder: Any, pixels: torch.Tensor) -> ReferenceFeat
         CheckpointError: there is no image encoder.
     """
     encoder_side(image_encoder)
-    output = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True)
-    # The model keeps the pooled token to itself; its norm is read from inside, because calling the inner model instead
-    # would pass by the hooks that offloading puts on the outer one.
-    pooled = image_encoder.vision_model.post_layernorm(output.last_hidden_state[:, 0])
-    return ReferenceFeatures(pooled, output.image_embeds, output.hidden_states[-2])
+    # The model keeps the pooled token to itself. It is overheard, because calling the norm from here would pass by the
+    # hooks that offloading puts on the outer model.
+    pooled: list[torch.Tensor] = []
+    norm = image_encoder.vision_model.post_layernorm
+    handle = norm.register_forward_hook(lambda module, inputs, output: pooled.append(output))
+    try:
+        output = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True)
+    finally:
+        handle.remove()
+    return ReferenceFeatures(pooled[0], output.image_embeds, output.hidden_states[-2])
 
 
 def null_features(image_encoder: Any, device: torch.device | str | None = None) -> ReferenceFeatures:

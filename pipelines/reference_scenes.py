@@ -17,8 +17,7 @@ from objectcompose.attention_processors.branch import KeysValues
 from objectcompose.attention_processors.guided_keys_values import GuidedKeysValues
 from objectcompose.attention_processors.reference_fusion import FusionSettings, fusion_parts
 from objectcompose.attention_processors.regions import RegionPyramid, RegionPyramidBatch
-from objectcompose.errors import MissingFieldError, ObjectComposeError
-from objectcompose.layout import SceneObject
+from objectcompose.layout import SceneObject, require_object_fields
 from objectcompose.pipelines.reference_images import (
     clip_statistics,
     encode_references,
@@ -60,24 +59,14 @@ class SceneVectors:
     composite: torch.Tensor | None
 
 
-def check_locref_objects(objects: Sequence[SceneObject]) -> None:
+def check_locref_objects(objects: Sequence[SceneObject], method: str) -> None:
     """Check the objects of one prompt.
 
     Raises:
         MissingFieldError: a reference without a box, or an object with neither `image` nor `phrase`.
-        ObjectComposeError: too many objects.
     """
-    if len(objects) > MAX_LOCREF_OBJECTS:
-        raise ObjectComposeError(
-            f"`objects` must hold at most {MAX_LOCREF_OBJECTS} objects per prompt, got {len(objects)}."
-        )
-    for index, item in enumerate(objects):
-        if item.image is not None and item.box is None:
-            raise MissingFieldError(f"`box` is needed of every object with an `image`; objects[{index}] has none.")
-        if item.image is None and item.phrase is None and item.token is None:
-            raise MissingFieldError(
-                f"`image`, or a `phrase` to be painted from the prompt, is needed; objects[{index}] has neither."
-            )
+    require_object_fields(objects, [("image", "phrase", "token")], method)
+    require_object_fields(objects, ["box"], method, where="image")
 
 
 def locref_fields(item: SceneObject) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             height=height,
             width=width,
             num_images_per_prompt=num_images,
-            callback_on_step_end_tensor_inputs=tensor_inputs,
+            callback_on_step_end_tensor_inputs=tensor_inputs or (),
             attention_steps=steps,
         )
 
@@ -130,7 +130,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         check_number("eta", call.eta, minimum=0.0)
         check_count("num_images_per_prompt", call.num_images_per_prompt)
         check_picture_size(call.height, call.width, self.vae_scale_factor)
-        check_output_type(call.output_type)
+        check_output_type(call.output_type, self.vae)
         check_schedule(self.scheduler, call.num_inference_steps, call.timesteps, call.sigmas)
         use_guidance = call.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
@@ -291,6 +291,9 @@ class SamplingMixin(StableDiffusionStepsMixin):
             use_parts(self.unet, all_parts) as installed,
             self.progress_bar(total=state.num_inference_steps) as progress_bar,
         ):
+            if sum(part.kind == "branch" and part.mode == "replace" for part in all_parts) > 1:
+                halves = 2 if self.do_classifier_free_guidance else 1
+                prepare_parts(self.unet, state.latents.repeat(halves, 1, 1, 1))  # conflicts show before any step
             for i, t in enumerate(state.schedule):
                 if self.interrupt:
                     continue
@@ -341,6 +344,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         assert call.callback_on_step_end is not None
         tensors = {name: getattr(state, name) for name in call.callback_on_step_end_tensor_inputs}
         returned = call.callback_on_step_end(self, step, timestep, tensors)
+        if returned is None:
+            return
         for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
             setattr(state, name, returned.pop(name, getattr(state, name)))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from objectcompose.attention_processors.compiled import prepare_parts
-from objectcompose.attention_processors.install import use_parts
+from objectcompose.attention_processors.install import frozen_parameters, use_parts
 from objectcompose.pipelines.call_arguments import SamplingState
 from objectcompose.pipelines.gradient_passes import held_lora_scale
 from objectcompose.pipelines.object_matching import dino_side, dino_statistics, embed_crops, segment_pixels
@@ -18,7 +18,6 @@ from objectcompose.pipelines.reference_images import clip_statistics
 from objectcompose.pipelines.token_refinement import (
     HALF_LOSS_SCALE,
     TokenRefinement,
-    frozen_parameters,
     predict_clean_latents,
     signal_share,
 )

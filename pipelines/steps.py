@@ -12,13 +12,13 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.utils import USE_PEFT_BACKEND, logging, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from packaging import version
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.pipelines.image_prompts import ImagePromptStepsMixin
+from objectcompose.pipelines.token_utils import expand_placeholders
 
 
 steps_logger = logging.get_logger(__name__)
@@ -204,7 +204,7 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
     ) -> torch.Tensor:
         """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
         max_length = self.tokenizer.model_max_length if max_length is None else max_length
-        texts = self.expand_placeholders(texts)
+        texts = [expand_placeholders(self.tokenizer, text) for text in texts]
         inputs = self.tokenizer(
             texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
         )
@@ -231,12 +231,6 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
                 steps_logger.warning(
                     f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
                 )
-
-    def expand_placeholders(self, texts: list[str]) -> list[str]:
-        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
-        if isinstance(self, TextualInversionLoaderMixin):
-            return self.maybe_convert_prompt(list(texts), self.tokenizer)
-        return list(texts)
 
     # ---- latents and scheduler
 

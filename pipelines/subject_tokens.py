@@ -2,7 +2,7 @@
 
 Words that name nothing ("a", "of", "two") would carry a subject's meaning to cells outside of its box, so box control
 hides them from every cell (Bounded Attention; it asks a part-of-speech tagger, here it is a closed list of English
-function words and numbers, which needs no model and never takes a placeholder for a word).
+function words and numbers, which needs no model and never takes a placeholder for a word; a call may name others).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from objectcompose.errors import PhraseNotFoundError
 from objectcompose.layout import SceneObject
 from objectcompose.layout_fields import shown_value
 from objectcompose.pipelines.pipeline_output import PlacedObject
-from objectcompose.pipelines.token_utils import prompt_token_ids
+from objectcompose.pipelines.token_utils import find_everywhere, prompt_token_ids
 
 
 FUNCTION_WORDS = frozenset(
@@ -37,21 +37,25 @@ FUNCTION_WORDS = frozenset(
 _WORD_MARK = "</w>"
 
 
-def function_word_positions(tokenizer: Any, prompt: str, words: Collection[str] = FUNCTION_WORDS) -> list[int]:
-    """Positions of function words and digits in the encoded prompt (start token = 0).
+def function_word_positions(tokenizer: Any, prompt: str, words: Collection[str] | None = None) -> list[int]:
+    """Positions of function words in the encoded prompt (start token = 0).
 
     Args:
         tokenizer: a CLIP tokenizer.
         prompt: the text as the user wrote it.
-        words: what counts as a function word, in lower case.
+        words: what counts as one, words or phrases; None: `FUNCTION_WORDS` and digits.
     """
+    if words is not None:
+        return find_everywhere(tokenizer, prompt, words)
     pieces = tokenizer.convert_ids_to_tokens(prompt_token_ids(tokenizer, prompt))
     stand_alone = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # have no end mark
     positions = []
     for position in range(1, len(pieces) - 1):
         before, piece = pieces[position - 1], pieces[position]
         begins_word = before.endswith(_WORD_MARK) or before in stand_alone
-        is_word = begins_word and piece.endswith(_WORD_MARK) and piece.removesuffix(_WORD_MARK).lower() in words
+        is_word = (
+            begins_word and piece.endswith(_WORD_MARK) and piece.removesuffix(_WORD_MARK).lower() in FUNCTION_WORDS
+        )
         if is_word or (piece not in stand_alone and piece.removesuffix(_WORD_MARK).isdigit()):
             positions.append(position)
     return positions
@@ -74,7 +78,11 @@ def check_placeholders(tokenizer: Any, objects: Sequence[SceneObject]) -> None:
 
 
 def prompt_subjects(
-    tokenizer: Any, prompt: str, objects: Sequence[SceneObject], placed: Sequence[PlacedObject]
+    tokenizer: Any,
+    prompt: str,
+    objects: Sequence[SceneObject],
+    placed: Sequence[PlacedObject],
+    filtered_words: Collection[str] | None = None,
 ) -> PromptSubjects:
     """The subjects of one prompt.
 
@@ -87,9 +95,10 @@ def prompt_subjects(
         prompt: the text as the user wrote it.
         objects: S of them.
         placed: where their phrases are, in the same order.
+        filtered_words: what counts as a function word; see `function_word_positions`.
     """
     ids = prompt_token_ids(tokenizer, prompt)
-    filtered = set(function_word_positions(tokenizer, prompt)) if objects else set()
+    filtered = set(function_word_positions(tokenizer, prompt, filtered_words)) if objects else set()
     tokens, leading = [], []
     for item, where in zip(objects, placed, strict=True):
         named = tuple(index for index in where.token_indices if index not in filtered) or where.token_indices

@@ -14,8 +14,7 @@ Steps are normalised because dx0/deps grows with the noise level, by an order of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,18 +152,3 @@ class TokenRefinement:
                 self.tokens[index] = self._best[index]
             else:
                 self.tokens[index] = stepped[index]
-
-
-@contextmanager
-def frozen_parameters(modules: Iterable[Any]) -> Iterator[None]:
-    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
-    trainable = [
-        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
-    ]
-    for weight in trainable:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trainable:
-            weight.requires_grad_(True)

@@ -9,8 +9,9 @@ word ("ton") or stand against a letter or digit ("3" in "13", which CLIP cuts in
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from objectcompose.errors import LayoutError, PhraseNotFoundError, PromptTooLongError
@@ -31,23 +32,26 @@ _IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLUR
 
 
 def expand_placeholders(tokenizer: Any, text: str) -> str:
-    """`text` with every learned placeholder of several vectors written out, as diffusers does before it encodes.
+    """`text` with every learned placeholder of several vectors written out, for encoding and for locating alike.
 
     A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
-    "<cat-toy> <cat-toy>_1 <cat-toy>_2". Text that is written out already stays as it is.
+    "<cat-toy> <cat-toy>_1 <cat-toy>_2", as in diffusers. Unlike there, text that is written out already stays as it
+    is, and so does a longer token that begins with a placeholder's name.
     """
     added = tokenizer.get_added_vocab()
-    for token in added:
-        if token not in text or f"{token}_1" not in added:
-            continue
-        count = 1
-        while f"{token}_{count}" in added:
-            count += 1
-        written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
-        first = re.escape(token)
-        # Backslashes of the replacement are doubled because `sub` would read them as references.
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
-    return text
+    if not any(f"{token}_1" in added for token in added):
+        return text
+    tokens = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))  # the longest match counts
+
+    def written_out(found: re.Match[str]) -> str:
+        token = found.group()
+        follower = re.compile(rf"\s+({tokens})").match(text, found.end())
+        if follower is not None and follower[1] == f"{token}_1":
+            return token
+        further = itertools.takewhile(added.__contains__, (f"{token}_{index}" for index in itertools.count(1)))
+        return " ".join([token, *further])
+
+    return re.sub(tokens, written_out, text)
 
 
 def prompt_token_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -108,7 +112,7 @@ def find_phrase(tokenizer: Any, prompt: str, phrase: str, occurrence: int = 0) -
     return list(range(*places[occurrence]))
 
 
-def find_phrases(tokenizer: Any, prompt: str, phrases: Sequence[str]) -> list[list[int]]:
+def find_phrases(tokenizer: Any, prompt: str, phrases: Sequence[str], may_share: bool = False) -> list[list[int]]:
     """Positions of several phrases, each at a place of its own.
 
     A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
@@ -116,15 +120,18 @@ def find_phrases(tokenizer: Any, prompt: str, phrases: Sequence[str]) -> list[li
     in plural or singular.
 
     Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
+            "dogs" in "two dogs" are one place.
 
     Returns:
-        One list of positions per phrase, in the order of `phrases`; no position is in two of them.
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
+        places.
     """
     reader = _PromptReader(tokenizer, prompt)
     if isinstance(phrases, str):
         raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
-    lengths = [len(reader.phrase_ids(phrase)) for phrase in phrases]
-    longest_first = sorted(range(len(phrases)), key=lambda index: -lengths[index])
+    ids = [reader.phrase_ids(phrase) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
     chosen: dict[int, tuple[int, int]] = {}
     for places_of in (reader.exact_places, reader.inflected_places):
         for index in longest_first:
@@ -135,33 +142,26 @@ def find_phrases(tokenizer: Any, prompt: str, phrases: Sequence[str]) -> list[li
             if place is not None:
                 chosen[index] = place
     for index, phrase in enumerate(phrases):
-        if index not in chosen:
-            same = sum(phrases[other] == phrase for other in chosen)
-            raise reader.not_found(phrase, found=same, wanted=list(phrases).count(phrase))
+        if index in chosen:
+            continue
+        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
+        if not (may_share and same):
+            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
+        chosen[index] = same[-1]
     return [list(range(*chosen[index])) for index in range(len(phrases))]
 
 
-def find_phrases_all(
-    tokenizers: Sequence[Any], prompts: str | Sequence[str], phrases: Sequence[str]
-) -> list[list[list[int]]]:
-    """`find_phrases` for each of a model's tokenizers (SDXL has two).
+def find_everywhere(tokenizer: Any, prompt: str, phrases: Iterable[str]) -> list[int]:
+    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
 
-    Args:
-        tokenizers: the tokenizers in the order of the text encoders; None entries are left out.
-        prompts: the prompt of all encoders, or one per tokenizer.
-        phrases: as in `find_phrases`.
+    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
 
     Returns:
-        For each tokenizer, one list of positions per phrase.
-
-    Raises:
-        LayoutError: another number of prompts than tokenizers; else as in `find_phrases`.
+        Positions in rising order, each once.
     """
-    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    texts = [prompts] * len(tokenizers) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(tokenizers):
-        raise LayoutError(f"`prompts` must be one per tokenizer ({len(tokenizers)}), got {len(texts)}.")
-    return [find_phrases(tokenizer, text, phrases) for tokenizer, text in zip(tokenizers, texts, strict=True)]
+    reader = _PromptReader(tokenizer, prompt)
+    places = (place for phrase in phrases for place in reader.exact_places(phrase))
+    return sorted({position for place in places for position in range(*place)})
 
 
 class _PromptReader:

@@ -96,8 +96,10 @@ class Judge:
             CheckpointError: its weights are missing.
         """
         path = toybox_path("judge")
-        segmenter: Any = SegformerForSemanticSegmentation.from_pretrained(path / "segmenter", dtype=torch.float32)
-        encoder: Any = ConvNextModel.from_pretrained(path / "identity", dtype=torch.float32)
+        segmenter: Any = SegformerForSemanticSegmentation.from_pretrained(
+            path / "segmenter", dtype=torch.float32, use_safetensors=True
+        )
+        encoder: Any = ConvNextModel.from_pretrained(path / "identity", dtype=torch.float32, use_safetensors=True)
         return cls(active_preset(), segmenter.to(device), encoder.to(device))
 
     @torch.no_grad()

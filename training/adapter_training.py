@@ -13,10 +13,10 @@ from diffusers import DDPMScheduler
 
 from objectcompose.adapters.folders import folder_saved_whole
 from objectcompose.adapters.model_card import write_model_card
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.reference_images import encoder_side
 from objectcompose.training.denoising import check_prediction_type
-from objectcompose.training.export import add_card_arguments, card_of_run
+from objectcompose.training.export import add_card_arguments, card_of_run, loading_line
 from objectcompose.training.loop import Draw, LossDict, add_loop_arguments, loop_options, run_loop
 from objectcompose.training.runs import TrainingRun, start_run
 
@@ -77,7 +77,10 @@ def start_adapter_training(
     """
     run = start_run(args, script, argv)
     device = run.accelerator.device
-    pipeline = load_checkpoint(args.pretrained_model, str(device), method, None, args.image_encoder)
+    pipeline = load_checkpoint(
+        args.pretrained_model, str(device), method, image_encoder=args.image_encoder, option="--pretrained_model"
+    )
+    pipeline.register_modules(safety_checker=None)  # validation pictures are to be seen
     encoder_side(pipeline.image_encoder)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     check_prediction_type(scheduler)
@@ -97,7 +100,9 @@ def finish_adapter_training(
     title: str,
     summary: str,
     data: str,
+    data_digest: str,
     paint: Callable[[int], None] | None = None,
+    **found: Any,
 ) -> None:
     """Train, then write adapter and card into the output folder's `weights`.
 
@@ -105,13 +110,14 @@ def finish_adapter_training(
         training: of `start_adapter_training`.
         losses_of_batch, dataset_size: see `run_loop`.
         title, summary, data: of the card.
+        data_digest, found: see `TrainingRun.claim`.
         paint: makes the validation pictures of a step.
 
     Raises:
         CheckpointError: the output folder has checkpoints of another run.
     """
     args, adapter = training.args, training.pipeline.adapter
-    training.run.claim(args.output_dir)
+    training.run.claim(args.output_dir, training.pipeline.unet, data_digest, **found)
     run_loop(
         training.accelerator,
         dict(adapter.named_parameters()),
@@ -127,3 +133,4 @@ def finish_adapter_training(
             adapter.save_pretrained(folder)
             write_model_card(folder, card)
         print(f"adapter after {args.max_train_steps} steps: {args.output_dir / 'weights'}")
+        print(f"to load it: {loading_line(args.output_dir / 'weights')}")

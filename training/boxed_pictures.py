@@ -30,6 +30,7 @@ from objectcompose.training.box_crops import (
     random_square,
 )
 from objectcompose.training.reference_samples import ReferenceSample
+from objectcompose.training.runs import digest_of
 
 
 #: References of a sample, at most.
@@ -127,6 +128,11 @@ class BoxedPictures:
         except OSError as error:
             raise ImageInputError(f"`{picture.path}` cannot be read: {error}.") from error
         return digest.hexdigest()
+
+    def digest(self) -> str:
+        """See `ReferenceDataset`; outlines count where something is cut out by them."""
+        notes = [[one.boxes, one.captions, one.outlines if self.cut_outs else ()] for one in self.pictures]
+        return digest_of([json.dumps(notes).encode()], [one.path for one in self.pictures])
 
     def _draw_square(self, picture: BoxedPicture, rng: np.random.Generator) -> tuple[Box, list[tuple[int, Box]]]:
         """A square of the picture and the boxes in it, by number; the central one after some fruitless draws."""

@@ -7,7 +7,6 @@ logit of CLIP ViT-L/14 at 336 pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,29 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from objectcompose.errors import CheckpointError, PromptTooLongError
-from objectcompose.grounding.loading import fingerprint, load_pretrained
+from objectcompose.grounding.loading import NamedByContent, load_pretrained
 from objectcompose.layout_fields import shown_value
 
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
 
 
-class ClipChooser:
+class ClipChooser(NamedByContent):
     """Chooses captions by a CLIP model's logits.
 
     Args:
         model, processor: as loaded by transformers.
     """
 
+    name = "clip"
+
     def __init__(self, model: CLIPModel, processor: CLIPProcessor) -> None:
         self.model: Any = model.eval()
         self.processor: Any = processor
 
-    def identity(self) -> str:
-        """Names the weights and settings."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        return f"clip:{fingerprint(self.model, self.model.config, self.processor.image_processor)}"
+    def identity_settings(self) -> list[Any]:
+        """See `NamedByContent`."""
+        return [self.model.config, self.processor.image_processor]
 
     def check_captions(self, captions: Sequence[str]) -> None:
         """Raise PromptTooLongError for a caption that CLIP's text encoder cannot read whole."""

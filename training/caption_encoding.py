@@ -7,6 +7,7 @@ bit-equal to what would be computed. Only the draw of the latent from its moment
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from objectcompose.attention_processors.regions import grids_of
 from objectcompose.errors import ObjectComposeError, PhraseNotFoundError, PromptTooLongError
 from objectcompose.grounding.loading import fingerprint
-from objectcompose.pipelines.token_utils import find_phrases
+from objectcompose.layout_fields import shown_value
+from objectcompose.pipelines.token_utils import find_phrase, find_phrases, max_prompt_length
 from objectcompose.training.caption_nouns import findable_phrases
 from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample
 from objectcompose.training.tensor_cache import cached_tensors
@@ -27,6 +29,10 @@ from objectcompose.training.tensor_cache import cached_tensors
 
 MaskMode = Literal["bilinear", "bilinear_aa", "maxpool"]
 MASK_MODES = ("bilinear", "bilinear_aa", "maxpool")
+#: Captions that are counted in one go.
+_CHUNK = 1000
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,8 @@ class CaptionEncoder:
         vae: of the base, frozen.
         levels: resolutions of the UNet, as many as it has blocks.
         mask_mode: see `masks_on_grid`.
-        on_missing: what to do when a noun is not found in its caption: "error" or "skip" (the noun, not the sample).
+        on_missing: what to do when a noun is not found in its caption: "error" or "skip" (the noun, not the sample); a
+            caption that is too long is an error, or is cut and keeps no noun.
         cache: folder for encoded samples; None computes each anew.
         identity: of the cache's keys, beside the encoders' weights, which always count.
 
@@ -165,6 +172,9 @@ class CaptionEncoder:
     def find_tokens(self, sample: CaptionSample) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
         """Which nouns are supervised (their numbers), and where their tokens are.
 
+        Each noun has a place of its own where there is one, else it shares its first one: with "teddy bear" and "bear"
+        in "a teddy bear", as in the authors' data, both claim "bear".
+
         Raises:
             PhraseNotFoundError, PromptTooLongError: a noun is not found, and `on_missing` is "error".
         """
@@ -176,11 +186,21 @@ class CaptionEncoder:
                 raise
             return [], ()
         except PhraseNotFoundError:
-            if self.on_missing == "error":
-                raise
-        kept = findable_phrases(self.tokenizer, sample.caption, sample.phrases)
-        places = find_phrases(self.tokenizer, sample.caption, [sample.phrases[one] for one in kept])
-        return kept, tuple(tuple(place) for place in places)
+            return self._find_shared_tokens(sample)
+
+    def _find_shared_tokens(self, sample: CaptionSample) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """As `find_tokens`, where not all nouns have places of their own."""
+        apart = findable_phrases(self.tokenizer, sample.caption, sample.phrases)
+        places = find_phrases(self.tokenizer, sample.caption, [sample.phrases[one] for one in apart])
+        found = dict(zip(apart, places, strict=True))
+        for number in sorted(set(range(len(sample.phrases))) - set(apart)):
+            try:
+                found[number] = find_phrase(self.tokenizer, sample.caption, sample.phrases[number])
+            except PhraseNotFoundError:
+                if self.on_missing == "error":
+                    raise
+        kept = sorted(found)
+        return kept, tuple(tuple(found[number]) for number in kept)
 
     @torch.no_grad()
     def encode(self, sample: CaptionSample) -> EncodedCaption:
@@ -209,9 +229,46 @@ def _packed(encoded: EncodedCaption) -> dict[str, torch.Tensor]:
     return {**tensors, "moments": encoded.moments, "text": encoded.text}
 
 
+def check_caption_lengths(
+    tokenizer: Any,
+    captions: Sequence[str],
+    on_missing: Literal["error", "skip"] = "skip",
+    is_shown: bool = True,
+) -> int:
+    """Count the captions that the text encoder does not read to their end, before any of them is trained on.
+
+    Args:
+        tokenizer: of the base.
+        captions: all that training may draw.
+        on_missing: with "skip" one warning tells their number.
+        is_shown: whether this process is the one that warns.
+
+    Returns:
+        Their number.
+
+    Raises:
+        PromptTooLongError: there is one, and `on_missing` is "error".
+    """
+    limit, cut = max_prompt_length(tokenizer), list[str]()
+    for start in range(0, len(captions), _CHUNK):
+        some = list(captions[start : start + _CHUNK])
+        rows = tokenizer(some, truncation=False, verbose=False).input_ids
+        cut += [caption for caption, ids in zip(some, rows, strict=True) if len(ids) > limit]
+    if cut:
+        told = (
+            f"{len(cut)} of {len(captions)} captions have more than the {limit} tokens that the text encoder reads"
+            f" (start and end included), the first one is {shown_value(cut[0])}"
+        )
+        if on_missing == "error":
+            raise PromptTooLongError(f"{told}. Shorten them or leave them out.")
+        if is_shown:
+            logger.warning(f"{told}. Training goes on without what lies beyond.")
+    return len(cut)
+
+
 @torch.no_grad()
 def encode_caption(tokenizer: Any, text_encoder: torch.nn.Module, caption: str) -> torch.Tensor:
-    """Last hidden state (L, D) of one prompt, float32 on the CPU."""
+    """Last hidden state (L, D) of one prompt, float32 on the CPU; cut where `check_caption_lengths` says so."""
     ids = tokenizer(
         caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids

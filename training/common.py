@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,33 +27,45 @@ from tqdm.auto import tqdm
 from objectcompose.checkout import checkout_state
 from objectcompose.errors import CheckpointError, MissingPackageError, ObjectComposeError
 from objectcompose.files import write_atomically
+from objectcompose.processes import PROCESS_TIMEOUT
 
 
 _STEP_PREFIX = "step-"
 _PARTIAL_PREFIX = ".partial-"
 _STATE_FILE = "state.pt"
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINT_FOLDER, RUN_FILE = "checkpoints", "run.json"
+#: Settings that older run files lack. There they count as equal, so that runs of that time go on; they are added then.
+_LATER_SETTINGS = {"max_train_steps", "key_side_steps", "base_digest", "data_digest"}
 
 
 def start_training(
-    *, seed: int, mixed_precision: str = "no", gradient_accumulation_steps: int = 1, cpu: bool = False
+    *, seed: int, mixed_precision: str | None = None, gradient_accumulation_steps: int = 1, cpu: bool = False
 ) -> Accelerator:
     """Accelerator with all random number generators seeded, each process with its own seed.
 
     Args:
         seed: non-negative; process i uses `seed + i`.
-        mixed_precision: "no", "fp16" or "bf16".
+        mixed_precision: one of `MIXED_PRECISIONS`; None: what accelerate was launched with, else "no".
         gradient_accumulation_steps: micro-batches per optimizer step, at least 1.
         cpu: stay on the CPU even where a GPU is there.
 
     Raises:
-        ObjectComposeError: "fp16" on a CPU, whose losses would not be scaled.
+        ObjectComposeError: another `mixed_precision`, or "fp16" on a CPU, whose losses would not be scaled.
     """
+    mixed_precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in MIXED_PRECISIONS:
+        raise ObjectComposeError(
+            f"`mixed_precision` must be one of {', '.join(MIXED_PRECISIONS)}, got {mixed_precision!r}."
+        )
     cpu = cpu or not torch.accelerator.is_available()  # said aloud, else processes on CPUs would not find one another
     if cpu and mixed_precision == "fp16":
         raise ObjectComposeError('`mixed_precision` "fp16" needs a GPU; on a CPU take "bf16" or "no".')
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, gradient_accumulation_steps=gradient_accumulation_steps, cpu=cpu
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        cpu=cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     set_seed(seed, device_specific=True)
     return accelerator
@@ -210,8 +222,10 @@ class Checkpointer:
         self._remove_old()
         return target
 
-    def latest(self, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint as `(step, state)`, or None when there is none.
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint as `(step, state)`, all of it on the CPU, or None when there is none.
+
+        Generators take their state from the CPU only, and what a part loads it copies to where it is.
 
         Raises:
             CheckpointError: it cannot be read; nothing older is taken in its place silently.
@@ -220,12 +234,10 @@ class Checkpointer:
         if not steps:
             return None
         folder = self.folder / f"{_STEP_PREFIX}{steps[-1]:08d}"
-        if torch.device(map_location).type == "cpu":
-            map_location = "cpu"  # of several processes on CPUs each has a "cpu:0", which `torch.load` does not know
         try:
-            state = torch.load(folder / _STATE_FILE, map_location=map_location, weights_only=True)
+            state = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
             for path in sorted(folder.glob("*.safetensors")):
-                state[path.stem] = load_file(path, device=str(map_location))
+                state[path.stem] = load_file(path)
         except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"`{folder}` cannot be read ({error}); remove it to go on from an older one."
@@ -233,6 +245,21 @@ class Checkpointer:
         except Exception as error:  # unpickling errors have no common base
             raise CheckpointError(f"`{folder}` holds no state that is safe to load: {error}") from error
         return steps[-1], state
+
+    def restore(self, **parts: Any) -> int | None:
+        """Load the newest checkpoint into the parts that it was collected from, and keep nothing of it beside them.
+
+        Returns:
+            Its step, or None when there is none.
+
+        Raises:
+            CheckpointError: see `latest` and `restore_state`.
+        """
+        found = self.latest()
+        if found is None:
+            return None
+        restore_state(found[1], **parts)
+        return found[0]
 
     def _remove_old(self) -> None:
         for step in self.steps()[: -self.keep]:
@@ -257,7 +284,7 @@ def _flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def check_same_run(folder: str | Path, settings: Mapping[str, Any]) -> None:
+def check_same_run(folder: str | Path, settings: Mapping[str, Any], checkpoints: str = CHECKPOINT_FOLDER) -> None:
     """Write down in `folder/run.json` what a run is, or compare with the run whose checkpoints are there.
 
     Without it a command with other options, or of another method, would go on from checkpoints that are not its own.
@@ -265,24 +292,31 @@ def check_same_run(folder: str | Path, settings: Mapping[str, Any]) -> None:
     Args:
         folder: of the run; made when missing.
         settings: all that decides what a step does, as JSON values.
+        checkpoints: where they are in the folder.
 
     Raises:
-        CheckpointError: the folder has checkpoints of a run with other settings; names them.
+        CheckpointError: the folder has checkpoints of a run with other settings, which are named, or of one that is
+            not known.
     """
     folder = Path(folder)
     path, mine = folder / RUN_FILE, json.loads(json.dumps(dict(settings)))
-    if Checkpointer(folder / CHECKPOINT_FOLDER).steps() and path.is_file():
+    if Checkpointer(folder / checkpoints).steps():
+        if not path.is_file():
+            raise CheckpointError(
+                f"The folder {folder} has checkpoints, but no `{RUN_FILE}` that says of which run. Take another"
+                " folder, or remove them."
+            )
         try:
             theirs = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"`{path}` cannot be read: {error}.") from error
+        theirs = {**{name: value for name, value in mine.items() if name in _LATER_SETTINGS}, **theirs}
         others = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
         if others:
             shown = "; ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in others)
             raise CheckpointError(
-                f"`output_dir` {folder} has checkpoints of another run: {shown}. Take another folder, or remove it."
+                f"The folder {folder} has checkpoints of another run: {shown}. Take another folder, or remove it."
             )
-        return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(mine, indent=2) + "\n").encode())
 

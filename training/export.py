@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ from diffusers import StableDiffusionPipeline
 from objectcompose.adapters.base_identity import BaseIdentity
 from objectcompose.adapters.folders import folder_saved_whole
 from objectcompose.adapters.model_card import ModelCardFacts, write_model_card
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import ObjectComposeError
 from objectcompose.training.common import current_commit
 from objectcompose.training.trainable import LORA_ADAPTER, TrainModules
 
 
-DELTA_NAME = "unet_delta.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -91,23 +91,62 @@ def export_weights(
     return folder
 
 
+def loading_line(folder: Path) -> str:
+    """The line of Python that loads what a script left; scripts end by printing it.
+
+    Args:
+        folder: of `export_weights`, of an adapter or a pipeline, or the output folder of `learn_mifo`.
+    """
+    place = repr(str(folder))
+    if (folder / "model_index.json").is_file():
+        return f"MIFOPipeline.from_pretrained({place})"
+    if (folder / LORA_NAME).is_file():
+        return f"pipe.load_lora_weights({place})"
+    if (folder / DELTA_NAME).is_file():
+        return f"UNetDelta.load({str(folder / DELTA_NAME)!r}).attach(pipe.unet)"
+    if (folder / "unet" / "config.json").is_file():
+        return f'UNet2DConditionModel.from_pretrained({place}, subfolder="unet")'
+    if (folder / "config.json").is_file():
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        return f"{kind}.from_pretrained({place})"
+    return f"load_instances(pipe, {place})"
+
+
 def values_before(
     parameters: Mapping[str, torch.Tensor], modules: TrainModules, delta_rank: int | None
 ) -> dict[str, torch.Tensor] | None:
     """Copies of the parameters on the CPU, where `export_weights` will need them.
 
     Raises:
-        ObjectComposeError: a rank below 1, or one for "lora", which has its own.
+        ObjectComposeError: see `check_delta_rank`.
     """
-    if delta_rank is not None and delta_rank < 1:
-        raise ObjectComposeError(f"`delta_rank` must be at least 1, got {delta_rank}.")
-    if delta_rank is not None and modules == "lora":
-        raise ObjectComposeError(
-            f'`delta_rank` must not be given with "lora", which has `lora_rank`, got {delta_rank}.'
-        )
+    check_delta_rank(modules, delta_rank)
     if modules == "lora" or (modules == "unet" and delta_rank is None):
         return None
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+
+
+def check_delta_rank(modules: TrainModules, delta_rank: int | None, whole_pipeline: bool = False) -> None:
+    """Raise ObjectComposeError for a rank below 1, and for one that would change nothing.
+
+    Args:
+        modules: what is trained; "lora" has a rank of its own.
+        delta_rank: as given.
+        whole_pipeline: "unet" is written as part of a whole pipeline, so that there is no delta.
+    """
+    if delta_rank is None:
+        return
+    if delta_rank < 1:
+        raise ObjectComposeError(f"`delta_rank` must be at least 1, got {delta_rank}.")
+    if modules == "lora":
+        raise ObjectComposeError(
+            f'`delta_rank` must not be given with "lora", which has `lora_rank`, got {delta_rank}.'
+        )
+    if modules == "unet" and whole_pipeline:
+        raise ObjectComposeError(
+            f'`delta_rank` needs `train_modules` "attn2" or "to_k", got {delta_rank} with "unet", which also trains'
+            " the text encoder and is written as a whole pipeline."
+        )
 
 
 def card_of_run(

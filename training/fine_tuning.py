@@ -16,10 +16,16 @@ from diffusers.utils import make_image_grid
 
 from objectcompose.adapters.base_identity import BaseIdentity, identify_base
 from objectcompose.files import write_png
-from objectcompose.pipelines.generate import load_checkpoint
-from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
+from objectcompose.pipelines.checkpoints import load_checkpoint
+from objectcompose.training.export import (
+    add_export_arguments,
+    card_of_run,
+    export_weights,
+    loading_line,
+    values_before,
+)
 from objectcompose.training.loop import Draw, LossDict, add_loop_arguments, loop_options, run_loop
-from objectcompose.training.runs import start_run
+from objectcompose.training.runs import TrainingRun, start_run
 from objectcompose.training.trainable import TrainModules, select_trainable
 
 
@@ -29,8 +35,7 @@ class FineTuning:
 
     Attributes:
         args: as parsed.
-        command: that starts this run again.
-        accelerator: of the run.
+        run: that has begun.
         pipeline: the base; its UNet is in training, the rest is frozen, in float32.
         parameters: what is trained, by name.
         scheduler: adds noise as the base was trained with it.
@@ -39,13 +44,17 @@ class FineTuning:
     """
 
     args: argparse.Namespace
-    command: str
-    accelerator: Accelerator
+    run: TrainingRun
     pipeline: Any
     parameters: dict[str, torch.nn.Parameter]
     scheduler: DDPMScheduler
     made_for: BaseIdentity
     before: dict[str, torch.Tensor] | None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of the run."""
+        return self.run.accelerator
 
 
 def add_fine_tuning_arguments(parser: argparse.ArgumentParser, train_modules: TrainModules, **loop: Any) -> None:
@@ -67,12 +76,12 @@ def start_fine_tuning(args: argparse.Namespace, script: str, argv: Sequence[str]
         argv: what was parsed; None: `sys.argv`.
 
     Raises:
-        CheckpointError: the base cannot be loaded, or the output folder has checkpoints of another run.
+        CheckpointError: the base cannot be loaded.
         ObjectComposeError: an option is out of range.
     """
     run = start_run(args, script, argv)
-    run.claim(args.output_dir)
-    pipeline = load_checkpoint(args.pretrained_model, str(run.accelerator.device))
+    pipeline = load_checkpoint(args.pretrained_model, str(run.accelerator.device), option="--pretrained_model")
+    pipeline.register_modules(safety_checker=None)  # validation pictures are to be seen
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False).float()
     made_for = identify_base(pipeline.unet, args.pretrained_model)
@@ -81,7 +90,7 @@ def start_fine_tuning(args: argparse.Namespace, script: str, argv: Sequence[str]
         pipeline.unet.enable_gradient_checkpointing()
     before = values_before(parameters, args.train_modules, args.delta_rank)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    return FineTuning(args, run.command, run.accelerator, pipeline, parameters, scheduler, made_for, before)
+    return FineTuning(args, run, pipeline, parameters, scheduler, made_for, before)
 
 
 def finish_fine_tuning(
@@ -91,6 +100,7 @@ def finish_fine_tuning(
     title: str,
     summary: str,
     data: str,
+    data_digest: str,
 ) -> None:
     """Train, then write weights and card into the output folder's `weights`.
 
@@ -98,17 +108,23 @@ def finish_fine_tuning(
         run: of `start_fine_tuning`.
         losses_of_batch, dataset_size: see `run_loop`.
         title, summary, data: of the card.
+        data_digest: see `TrainingRun.claim`.
+
+    Raises:
+        CheckpointError: the output folder has checkpoints of another run.
     """
     args, unet = run.args, run.pipeline.unet
+    run.run.claim(args.output_dir, unet, data_digest)
     paint = painter(run.pipeline, args.validation_prompts, args.output_dir / "validation")
     run_loop(run.accelerator, run.parameters, losses_of_batch, dataset_size, loop_options(args), paint)
     if run.accelerator.is_main_process:
         base = args.pretrained_model or "toybox-1"
-        card = card_of_run(args, title, summary, data, base_model=base, command=run.command)
+        card = card_of_run(args, title, summary, data, base_model=base, command=run.run.command)
         folder = export_weights(
             args.output_dir / "weights", unet, args.train_modules, run.before, run.made_for, card, args.delta_rank
         )
         print(f"weights after {args.max_train_steps} steps: {folder}")
+        print(f"to load them: {loading_line(folder)}")
 
 
 def painter(pipeline: Any, prompts: Sequence[str], folder: Path) -> Callable[[int], None] | None:

@@ -36,14 +36,13 @@ from tqdm.auto import tqdm
 from objectcompose.errors import ImageInputError, ObjectComposeError, ObjectNotFoundError, PromptTooLongError
 from objectcompose.files import write_atomically, write_png
 from objectcompose.grounding.command import (
-    DTYPES,
     add_model_arguments,
     add_run_arguments,
     check_run_arguments,
     load_models,
 )
 from objectcompose.grounding.detection import Detection
-from objectcompose.grounding.grounder import MASK_DETECTORS, Grounder, usable_device
+from objectcompose.grounding.grounder import DTYPES, MASK_DETECTORS, Grounder, usable_device
 from objectcompose.grounding.inputs import check_ground_picture
 from objectcompose.processes import process_state
 from objectcompose.toybox.weights import toybox_path

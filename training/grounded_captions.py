@@ -26,6 +26,7 @@ from objectcompose.files import write_atomically, write_png
 from objectcompose.grounding.inputs import opaque_picture
 from objectcompose.layout_fields import check_picture
 from objectcompose.toybox.categories import Preset
+from objectcompose.training.runs import digest_of
 from objectcompose.training.toybox_data import scene_pool
 
 
@@ -77,6 +78,10 @@ class CaptionDataset(Protocol):
 
     def key(self, index: int) -> str:
         """Hex digest of the sample's content."""
+        ...
+
+    def digest(self) -> str:
+        """Names all samples; quickly, so pictures and masks in files by their sizes in bytes alone."""
         ...
 
 
@@ -155,24 +160,6 @@ def _find_mask(folder: Path, path: str, where: str) -> Path:
             f"{where} names the mask {path!r}, which was not found, also not in {candidates[2].parent}."
         )
     return found
-
-
-def write_records(
-    root: str | Path, samples: Iterable[tuple[str, Path, str, Sequence[tuple[str, torch.Tensor | None]]]]
-) -> Path:
-    """Write a whole data set: `write_record` for each sample, then `write_metadata`.
-
-    Args:
-        root: the data set's folder.
-        samples: (id, picture's file, caption, [(noun, mask (H, W) in {0, 1} or None)]); ids are file names.
-
-    Returns:
-        The path of the metadata.
-
-    Raises:
-        RegionError, ImageInputError: as `write_record`.
-    """
-    return write_metadata(root, [write_record(root, *sample) for sample in samples])
 
 
 def write_record(
@@ -318,6 +305,12 @@ class GroundedCaptions:
             self._keys[index] = digest.hexdigest()
         return self._keys[index]
 
+    def digest(self) -> str:
+        """See `CaptionDataset`."""
+        notes = [[record.caption, [noun for noun, _ in record.nouns]] for record in self.records]
+        masks = [path for record in self.records for _, path in record.nouns if path is not None]
+        return digest_of([json.dumps(notes).encode()], [*(record.image for record in self.records), *masks])
+
     def _crop(self, picture: Image.Image) -> torch.Tensor:
         """(C, R, R) in [0, 1]."""
         width, height = picture.size
@@ -365,6 +358,11 @@ class ToyboxCaptions:
         digest.update(self.pool.pixels[index].numpy().tobytes())
         digest.update(self.pool.owner[index].numpy().tobytes())
         return digest.hexdigest()
+
+    def digest(self) -> str:
+        """See `CaptionDataset`."""
+        pictures = [self.pool.pixels.numpy().data, self.pool.owner.numpy().data]
+        return digest_of([json.dumps(self.pool.captions).encode(), *pictures])
 
 
 def _open_picture(path: Path) -> Image.Image:

@@ -30,13 +30,21 @@ from PIL import Image
 from objectcompose.adapters.base_identity import identify_base
 from objectcompose.adapters.folders import folder_saved_whole
 from objectcompose.adapters.model_card import write_model_card
+from objectcompose.command_help import attributes_help, script_parser
 from objectcompose.errors import LayoutError, ObjectComposeError
 from objectcompose.files import write_png
 from objectcompose.grounding.grounder import DETECTORS, SEGMENTERS, load_grounder
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.toybox.weights import toybox_path
 from objectcompose.training.common import run_script
-from objectcompose.training.export import add_export_arguments, card_of_run, export_weights, values_before
+from objectcompose.training.export import (
+    add_export_arguments,
+    card_of_run,
+    check_delta_rank,
+    export_weights,
+    loading_line,
+    values_before,
+)
 from objectcompose.training.fine_tuning import painter
 from objectcompose.training.loop import LoopOptions, add_loop_arguments, loop_options, run_loop
 from objectcompose.training.mifo_losses import (
@@ -61,9 +69,7 @@ _STAGE2_OPTIONS = frozenset({
 
 def create_parser() -> argparse.ArgumentParser:
     """All options; the defaults are the paper's, where it is silent its authors' code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--pretrained_model", default=None, help="folder or Hub id of the base; none: toybox")
     scene = parser.add_argument_group("picture and masks")
     scene.add_argument("--data", type=Path, help="folder with img.* and mask0.*, mask1.*, ...")
@@ -81,10 +87,11 @@ def create_parser() -> argparse.ArgumentParser:
     words.add_argument("--vectors", type=int, default=1, help="embeddings per instance")
     words.add_argument("--initial", nargs="+", default=["random"], help='"random", "mean", or a word per instance')
     losses = parser.add_argument_group("losses")
+    texts = attributes_help(MIFOLossOptions)
     for field in fields(MIFOLossOptions):
         if field.name != "prior_weight":  # of stage 2 only
             kind: Any = type(field.default)
-            losses.add_argument(f"--{field.name}", type=kind, default=field.default, help="see MIFOLossOptions")
+            losses.add_argument(f"--{field.name}", type=kind, default=field.default, help=texts[field.name])
     second = parser.add_argument_group("stage 2")
     second.add_argument("--stage2_steps", type=int, default=400, help="0 ends after stage 1")
     second.add_argument("--stage2_learning_rate", type=float, default=2e-6, help="for LoRA about 1e-4")
@@ -192,10 +199,11 @@ class Learning:
 
     def __init__(self, args: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
         self.args, self.options = args, loop_options(args)  # refuses bad numbers before anything is loaded
+        check_delta_rank(args.train_modules, args.delta_rank, whole_pipeline=True)
         named = {field.name: getattr(args, field.name) for field in fields(MIFOLossOptions)}
         self.loss_options = MIFOLossOptions(**{**named, "prior_weight": 0.0})
         self.stage2_options = replace(self.loss_options, prior_weight=args.prior_weight, reward_steps=0)
-        if self.loss_options.attention_loss == "reward":  # Break-a-Scene's loss in both stages
+        if self.loss_options.attention_loss == "reward":  # alone in both stages, Break-a-Scene's kind
             self.stage2_options = replace(self.stage2_options, attention_loss="reward")
         if args.stage2_steps < 0 or args.class_pictures < 1:
             raise ObjectComposeError(
@@ -204,7 +212,12 @@ class Learning:
             )
         run = start_run(args, "learn_mifo", argv)
         self.accelerator, self.command = run.accelerator, run.command
-        self.pipeline = load_checkpoint(args.pretrained_model, str(self.accelerator.device), pipeline="mifo")
+        self.pipeline = load_checkpoint(
+            args.pretrained_model, str(self.accelerator.device), pipeline="mifo", option="--pretrained_model"
+        )
+        # A black picture is no class picture, and shows nothing of what was learned; the result has the checker again.
+        self.safety_checker = self.pipeline.safety_checker
+        self.pipeline.register_modules(safety_checker=None)
         self.size = picture_side(self.pipeline, args.resolution)
         self.scene = load_scene(args, self.size)
         self.made_for = identify_base(self.pipeline.unet, args.pretrained_model)
@@ -215,9 +228,11 @@ class Learning:
         if args.gradient_checkpointing:
             self.pipeline.unet.enable_gradient_checkpointing()
         self.latents = SceneLatents(self.scene, self.pipeline.vae, args.sampling)
-        run.claim(args.output_dir / "stage1", free=_STAGE2_OPTIONS)
-        if args.stage2_steps:
-            run.claim(args.output_dir / "stage2", free=["stage2_steps"])
+        unet, digest = self.pipeline.unet, self.scene.digest()
+        run.claim(args.output_dir / "stage1", unet, digest, free=_STAGE2_OPTIONS)
+        if args.stage2_steps:  # it goes on from what stage 1 leaves after all of its steps, whatever the schedule
+            steps = args.max_train_steps
+            run.claim(args.output_dir / "stage2", unet, digest, free=["stage2_steps"], max_train_steps=steps)
 
     def losses(self, stage: Any, options: MIFOLossOptions, prior: tuple[torch.Tensor, str] | None) -> MIFOLosses:
         """The losses of a stage."""
@@ -278,6 +293,7 @@ class Learning:
         folder = args.output_dir / "weights"
         if args.train_modules == "unet":
             with folder_saved_whole(folder, "model_index.json") as target:
+                pipeline.register_modules(safety_checker=self.safety_checker)
                 pipeline.save_pretrained(target)
                 write_model_card(target, self.card())
         else:
@@ -308,6 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         learning.placeholders.export(folder)
         write_model_card(folder, learning.card())
         print(f"learned {', '.join(learning.placeholders.names)}: {folder}")
+        is_whole = learning.args.stage2_steps and learning.args.train_modules == "unet"
+        place = learning.args.output_dir / "weights" if is_whole else learning.args.output_dir
+        print(f"to load them: {loading_line(place)}")
     return 0
 
 

@@ -11,7 +11,7 @@ the model early (`run_until`), or trains parameters that a step does not touch, 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,12 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from objectcompose.errors import CheckpointError, NonFiniteError, ObjectComposeError
 from objectcompose.training.common import (
     CHECKPOINT_FOLDER,
+    MIXED_PRECISIONS,
     Checkpointer,
     JsonlLogger,
     collect_state,
     create_ema,
     progress_bar,
-    restore_state,
     shuffled_batch,
 )
 
@@ -39,6 +39,8 @@ from objectcompose.training.common import (
 LossDict = Mapping[str, torch.Tensor]
 #: Those of diffusers that need nothing but the numbers of steps.
 SCHEDULES = tuple(one.value for one in SchedulerType if one != SchedulerType.PIECEWISE_CONSTANT)
+#: Gradients that are averaged over processes at once: each byte is there three times while that lasts.
+REDUCED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None
         group.add_argument(f"--{name}", type=kind, default=defaults.pop(name, default), help=text)
     if defaults:
         raise TypeError(f"unknown options of the loop: {sorted(defaults)}")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="losses stay in fp32")
+    group.add_argument("--mixed_precision", choices=MIXED_PRECISIONS, help="losses stay in fp32; none: accelerate's")
 
 
 def loop_options(args: argparse.Namespace) -> LoopOptions:
@@ -253,17 +255,16 @@ def run_loop(
     trained = list(parameters.values())
     for parameter in trained:
         broadcast(parameter.data, from_process=0)
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW(
-            trained, lr=options.learning_rate, betas=(0.9, options.adam_beta2), weight_decay=options.weight_decay
-        )
+    adamw = torch.optim.AdamW(
+        trained, lr=options.learning_rate, betas=(0.9, options.adam_beta2), weight_decay=options.weight_decay
     )
     schedule = get_scheduler(
         options.lr_scheduler,
-        optimizer.optimizer,
+        adamw,
         num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=options.max_train_steps,
     )
+    optimizer = accelerator.prepare(adamw)
     parts: dict[str, Any] = {"weights": NamedParameters(parameters), "optimizer": optimizer, "schedule": schedule}
     ema = None
     if options.ema_decay is not None:
@@ -271,16 +272,13 @@ def run_loop(
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     checkpoints = Checkpointer(options.output_dir / CHECKPOINT_FOLDER)
-    found = checkpoints.latest(accelerator.device)
-    start = 0
-    if found is not None:
-        start, state = found
-        if start > options.max_train_steps:
-            raise CheckpointError(
-                f"`max_train_steps` must be at least the {start} steps that {options.output_dir} has done, got"
-                f" {options.max_train_steps}."
-            )
-        restore_state(state, **parts)
+    start = max(checkpoints.steps(), default=0)
+    if start > options.max_train_steps:
+        raise CheckpointError(
+            f"`max_train_steps` must be at least the {start} steps that {options.output_dir} has done, got"
+            f" {options.max_train_steps}."
+        )
+    checkpoints.restore(**parts)
     if ema is not None:
         ema.to(accelerator.device)
     bar = progress_bar(options.max_train_steps, start, is_shown=accelerator.is_main_process)
@@ -315,6 +313,7 @@ def run_loop(
     if ema is not None:
         ema.copy_to(trained)
     accelerator.wait_for_everyone()
+    accelerator.free_memory()  # it unscales the gradients of every optimizer that it knows, also of a loop before
     return start
 
 
@@ -323,13 +322,25 @@ def _mean_over_processes(accelerator: Accelerator, sums: Mapping[str, torch.Tens
 
 
 def _average_gradients(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """One reduction per dtype; which parameters have a gradient is the same in all processes."""
+    """Reductions of several gradients each; which parameters have one is the same in all processes."""
     if accelerator.num_processes == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for gradients in _chunks([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Consecutive tensors of at most `REDUCED_BYTES` together; larger ones alone."""
+    chunk: list[torch.Tensor] = []
+    for tensor in tensors:
+        if chunk and sum(one.nbytes for one in chunk) + tensor.nbytes > REDUCED_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(tensor)
+    if chunk:
+        yield chunk
 
 
 def _check_finite(accelerator: Accelerator, step: int, loss: float, norm: torch.Tensor) -> None:

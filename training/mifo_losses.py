@@ -38,18 +38,20 @@ class MIFOLossOptions:
     """What is minimised.
 
     Attributes:
-        reward_steps: n0; the reward is in force before this step, the penalty from it on.
-        attention_loss: "both" in turn, one of them throughout, or "none".
-        reward_weight, penalty_weight: of the two.
-        reward_target: lambda_r, attention asked for inside the mask.
-        gate: t0; no attention loss from this timestep on (of 1000).
+        reward_steps: n0, steps with the reward; the penalty follows.
+        attention_loss: reward, then penalty ("both"), "reward" or "penalty" throughout, or "none".
+        reward_weight: of the loss that asks for attention inside the mask.
+        penalty_weight: of the loss on attention outside the mask.
+        reward_target: lambda_r, attention asked for inside the mask, in [0, 1].
+        gate: t0, no attention loss from this timestep on (of 1000).
         reconstruction_weight: of the masked denoising loss.
-        reconstruction_mean: over all latent cells, as the authors have it, or over the masked ones ("area").
+        reconstruction_mean: over "all" latent cells, as the authors have it, or over the masked ones ("area").
         sampling: "joint", or "separate": one instance alone on grey per step.
         flip_probability: of mirroring the picture; 0 for what has a left and a right.
         prior_weight: of the denoising loss on class pictures; 0 leaves them out.
-        mask_resize: of masks to attention grids: by the share of a cell, or bilinear as the authors' code.
-        latent_mask: of the union mask to latents: the middle pixel of a cell, or its first as the authors' code.
+        mask_resize: of masks to attention grids: by a cell's share ("area"), or "bilinear" as the authors' code.
+        latent_mask: of the union mask to latents: a cell's middle pixel ("nearest-exact"), or its first as the
+            authors' code ("nearest").
 
     Raises:
         ObjectComposeError: a value out of range.

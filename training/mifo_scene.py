@@ -21,6 +21,7 @@ from PIL import Image
 from objectcompose.errors import ImageInputError, LayoutError, ObjectNotFoundError, RegionError
 from objectcompose.grounding.inputs import plain_phrase
 from objectcompose.layout_fields import check_picture
+from objectcompose.training.runs import digest_of
 
 
 Fit = Literal["crop", "squash"]
@@ -42,6 +43,10 @@ class InstanceScene:
 
     pixels: torch.Tensor
     masks: torch.Tensor
+
+    def digest(self) -> str:
+        """Names the picture and its masks."""
+        return digest_of([self.pixels.numpy().tobytes(), self.masks.numpy().tobytes()])
 
     def flipped(self) -> InstanceScene:
         """Mirrored left to right, picture and masks alike."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from objectcompose.pipelines.reference_images import (
 from objectcompose.toybox.categories import Preset
 from objectcompose.toybox.identities import Identity
 from objectcompose.toybox.scenes import render_references, sample_scene
+from objectcompose.training.common import progress_bar
 from objectcompose.training.grounded_captions import CaptionDataset, CaptionSample, ToyboxCaptions
 from objectcompose.training.tensor_cache import cached_tensors
 from objectcompose.training.toybox_data import SPLIT_SEEDS
@@ -96,6 +98,57 @@ def usable_objects(masks: torch.Tensor) -> list[int]:
         if all((masks[number] * masks[other]).mean() <= CONTAINED_SHARE * areas[number] for other in kept):
             kept.append(number)
     return sorted(kept)
+
+
+class ChosenCaptions:
+    """Some samples of a data set, numbered anew.
+
+    Args:
+        captions: the data set.
+        numbers: of the samples in it, in their new order.
+    """
+
+    def __init__(self, captions: CaptionDataset, numbers: Sequence[int]) -> None:
+        self.captions, self.numbers = captions, list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> CaptionSample:
+        """See `CaptionDataset`."""
+        return self.captions[self.numbers[index]]
+
+    def key(self, index: int) -> str:
+        """See `CaptionDataset`."""
+        return self.captions.key(self.numbers[index])
+
+    def digest(self) -> str:
+        """See `CaptionDataset`."""
+        return self.captions.digest()
+
+
+def captions_with_objects(captions: CaptionDataset, is_shown: bool = True) -> ChosenCaptions:
+    """The samples with an object that a picture can be cut from; all are read once to know.
+
+    Args:
+        captions: the data set.
+        is_shown: whether this process shows how far it is.
+
+    Raises:
+        LayoutError: there is none.
+        ImageInputError, RegionError: a file cannot be read.
+    """
+    kept: list[int] = []
+    bar = progress_bar(len(captions), description="looking for objects", is_shown=is_shown)
+    bar.unit = "picture"
+    with bar, ThreadPoolExecutor() as pool:  # pictures are decoded outside of Python's lock
+        found = pool.map(lambda index: usable_objects(captions[index].masks), range(len(captions)))
+        for number, objects in enumerate(found):
+            bar.update()
+            kept += [number] * bool(objects)
+    if not kept:
+        raise LayoutError(f"`data` must show an object that can be cut out, got none in {len(captions)} pictures.")
+    return ChosenCaptions(captions, kept)
 
 
 def cut_out(pixels: torch.Tensor, mask: torch.Tensor) -> Image.Image:
@@ -307,5 +360,6 @@ class ObjectFeatures:
     def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.image_encoder.parameters()).device
         ready = normalize_pixels(pixels[None], self.mean, self.std).to(device)
-        features = encode_references(self.image_encoder, ready)
+        with torch.autocast(device.type, enabled=False):  # what is kept must not depend on who asked for it
+            features = encode_references(self.image_encoder, ready)
         return features.embeds[0].float().cpu().contiguous(), features.grid[0].float().cpu().contiguous()

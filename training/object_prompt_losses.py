@@ -30,13 +30,13 @@ KEY_SIDE = ("layout_adapter.", "projections.key_maps.")
 
 @dataclass(frozen=True)
 class ConditionOptions:
-    """What a step leaves out, as chances per sample.
+    """What a step leaves out, as chances per sample, or per object where it says so.
 
     Attributes:
         drop_image: of training with the null picture and the text.
         drop_text: of training with the object pictures and empty text.
         drop_both: of training with neither.
-        drop_object: of leaving one object out, where there are two or more.
+        drop_object: of leaving out an object, for each by itself; the only one, or the last one left, stays.
         background_share: of a background prompt, the scene without its objects.
 
     Raises:

@@ -20,6 +20,7 @@ from objectcompose.layout import SceneObject
 from objectcompose.toybox.backgrounds import render_backgrounds, sample_background
 from objectcompose.toybox.categories import Preset
 from objectcompose.toybox.scenes import SceneSpec, render_references, render_scenes, sample_scene
+from objectcompose.training.runs import digest_of
 from objectcompose.training.toybox_data import SPLIT_SEEDS
 
 
@@ -53,6 +54,10 @@ class ReferenceDataset(Protocol):
 
     def key(self, index: int) -> str:
         """Hex digest of all that variants of the sample follow from."""
+        ...
+
+    def digest(self) -> str:
+        """Names all samples; quickly, so pictures in files by their sizes in bytes alone."""
         ...
 
 
@@ -98,6 +103,10 @@ class ToyboxReferences:
     def key(self, index: int) -> str:
         """Digest of the world and the scene's description."""
         return hashlib.sha256(repr((self.preset, self.spec(index))).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """See `ReferenceDataset`."""
+        return digest_of([repr((self.preset, self.count, self.split)).encode()])
 
 
 def reference_views(

@@ -33,13 +33,13 @@ class SeparateEnhanceOptions:
     """The losses and what they see.
 
     Attributes:
-        sep_weight: of `separate_loss`.
-        enhance_weight: of `enhance_loss`.
+        sep_weight: of the overlap of objects' maps (`separate_loss`).
+        enhance_weight: of the weakest object's loss (`enhance_loss`).
         norm_weight: of the distance to the frozen model's prediction; 0 leaves that forward out.
-        head_mode: "per_head", or "mean" of the heads before the maxima.
-        sep_reduce: for three and more objects, see `separate_loss`.
-        sep_pixel: see `separate_loss`.
-        sigma: of the smoothing, see `enhance_loss`.
+        head_mode: maxima over heads and cells ("per_head"), or over the "mean" of the heads.
+        sep_reduce: of three and more objects the worst pair ("pairwise"), or all at once ("joint").
+        sep_pixel: overlap in the worst cell ("max"), or over all cells ("soft_iou").
+        sigma: smoothing of the maps for `enhance_loss`, in cells.
         objects: concepts in one prompt, at least 2.
         latent_source: clean latents are noise of standard deviation 0.18215 ("gaussian_scaled", the authors' code) or
             1 ("gaussian_unit").
@@ -84,28 +84,35 @@ class SeparateEnhanceOptions:
 
 @dataclass(frozen=True)
 class ConceptPrompt:
-    """A prompt and its concepts in their order; the first one alone is the prompt of the normalisation term."""
+    """A prompt.
+
+    Attributes:
+        text: the prompt.
+        concepts: in its order.
+        chosen: which of them alone is the prompt of the normalisation term.
+    """
 
     text: str
     concepts: tuple[str, ...]
+    chosen: int = 0
 
     @property
     def single(self) -> str:
-        """Prompt of the first concept."""
-        return f"a photo of {with_article(self.concepts[0])}"
+        """Prompt of the chosen concept."""
+        return f"a photo of {with_article(self.concepts[self.chosen])}"
 
 
 def draw_prompt(concepts: Sequence[str], first: int, objects: int, generator: torch.Generator) -> ConceptPrompt:
-    """A prompt of different concepts, joined by "and" or "with"; of just as many as `objects`, always the same one.
+    """A prompt of different concepts, joined by "and" or "with"; of just as many as `objects`, always the same text.
 
     Args:
         concepts: all of them.
-        first: number of the concept that comes first.
+        first: number of the chosen concept, which comes first where the text is drawn.
         objects: concepts in the prompt.
         generator: draws the others and the connective.
     """
     if len(concepts) == objects:
-        return ConceptPrompt("a photo of " + " and ".join(map(with_article, concepts)), tuple(concepts))
+        return ConceptPrompt("a photo of " + " and ".join(map(with_article, concepts)), tuple(concepts), first)
     others = [number for number in torch.randperm(len(concepts), generator=generator).tolist() if number != first]
     chosen = [concepts[number] for number in (first, *others)][:objects]
     connective = (" and ", " with ")[int(torch.randint(0, 2, (), generator=generator))]
@@ -153,7 +160,7 @@ def _timesteps_of(options: SeparateEnhanceOptions, scheduler: Any) -> range:
 
 
 class SeparateEnhanceLosses:
-    """Losses of a batch of draws, as `run_loop` wants them; a draw's index is the prompt's first concept.
+    """Losses of a batch of draws, as `run_loop` wants them; a draw's index is the prompt's chosen concept.
 
     Args:
         unet: the UNet; only `trained` of it changes.

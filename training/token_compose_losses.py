@@ -34,8 +34,10 @@ class TokenComposeLossOptions:
         token_weight: lambda, of `token_loss`, summed over the supervised layers; 0 leaves it out.
         pixel_weight: gamma, of `pixel_loss`, summed over resolutions; 0 leaves it out.
         ldm_weight: of the denoising loss.
-        head_mode: see `token_loss`; "ratio_mean" is the authors' code, "map_mean" the paper's formula.
-        pixel_sum: see `pixel_loss`; "resolutions" is the authors' code, "layers" the paper's formula.
+        head_mode: token loss of each head, averaged ("ratio_mean", the authors' code), or of the heads' mean map
+            ("map_mean", the paper's formula).
+        pixel_sum: of the pixel loss, over "resolutions", layers averaged (the authors' code), or over "layers" (the
+            paper's formula).
         layers: the supervised cross-attention layers, a regex or a list of names.
 
     Raises:
@@ -85,8 +87,8 @@ class TokenComposeLosses:
 
     @contextmanager
     def __call__(self, draws: Sequence[Draw]) -> Iterator[dict[str, torch.Tensor]]:
-        """Means over the draws: "loss", "ldm", "token", "pixel", and "empty_masks", the share of noun masks that a
-        coarse grid lost."""
+        """Means over the draws: "loss", "ldm", "token", "pixel", and for each grid "empty_masks_<h>x<w>", the share of
+        noun masks that have no cell on it."""
         device = next(self.unet.parameters()).device
         samples = [self.encoder[draw.index] for draw in draws]
         moments = torch.stack([sample.moments for sample in samples]).to(device)
@@ -109,15 +111,17 @@ class TokenComposeLosses:
                 losses["pixel"] = pixel_loss(maps, targets.masks, owners, pixel_sum=self.options.pixel_sum)
                 total = total + self.options.token_weight * losses["token"]
                 total = total + self.options.pixel_weight * losses["pixel"]
-            yield {"loss": total, **losses, "empty_masks": _empty_share(targets.masks, targets.owners).to(device)}
+            empty = _empty_shares(targets.masks, targets.owners)
+            yield {"loss": total, **losses, **{name: share.to(device) for name, share in empty.items()}}
         for probe in probes:
             probe.clear()
 
 
-def _empty_share(masks: dict[int, torch.Tensor], owners: torch.Tensor) -> torch.Tensor:
-    """Share of (noun, grid) pairs whose mask has no cell."""
+def _empty_shares(masks: dict[int, torch.Tensor], owners: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of each grid, the share of nouns whose mask has no cell; 0 without nouns."""
     nouns = owners.sum(1) > 0  # (B, N)
-    if not nouns.any():
-        return torch.zeros(())
-    empty = torch.stack([(grid.flatten(2).sum(2) == 0)[nouns] for grid in masks.values()])
-    return empty.float().mean()
+    shares = {}
+    for grid in masks.values():
+        empty = (grid.flatten(2).sum(2) == 0)[nouns].float()
+        shares[f"empty_masks_{grid.shape[-2]}x{grid.shape[-1]}"] = empty.sum() / max(len(empty), 1)
+    return shares

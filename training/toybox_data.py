@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 
+from objectcompose.files import write_atomically
 from objectcompose.toybox.categories import Preset
 from objectcompose.toybox.scenes import MAX_OBJECTS, render_scenes, sample_scene
 
@@ -76,20 +79,26 @@ def scene_pool(preset: Preset, split: str, count: int, cache: Path, workers: int
         preset: the world.
         split: one of `SPLIT_SEEDS`.
         count: number of scenes.
-        cache: folder for the rendered tensors; made when missing.
+        cache: folder for the rendered tensors; made when missing. Processes may share it.
         workers: processes that render; by default one per core (a GPU machine's 16 render 32,000 scenes in seconds).
     """
-    path = cache / f"{preset.name}-{split}-{count}.safetensors"
-    captions_path = path.with_suffix(".json")
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        chunks = DataLoader(_Chunks(preset, split, count), batch_size=None, num_workers=workers or os.cpu_count() or 1)
-        pixels, owner, categories, captions = zip(*chunks, strict=True)
-        captions_path.write_text(json.dumps([caption for chunk in captions for caption in chunk]), encoding="utf-8")
-        tensors = {"pixels": pixels, "owner": owner, "categories": categories}
-        partial = path.with_suffix(".tmp")
-        save_file(
-            {name: torch.cat([torch.as_tensor(part) for part in parts]) for name, parts in tensors.items()}, partial
-        )
-        partial.replace(path)
-    return ScenePool(**load_file(path), captions=json.loads(captions_path.read_text(encoding="utf-8")))
+    world = hashlib.sha256(repr(preset).encode()).hexdigest()[:8]
+    path = cache / f"{preset.name}-{world}-{split}-{count}.safetensors"
+    try:
+        return _read_pool(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        pass  # not there, or not whole
+    cache.mkdir(parents=True, exist_ok=True)
+    chunks = DataLoader(_Chunks(preset, split, count), batch_size=None, num_workers=workers or os.cpu_count() or 1)
+    pixels, owner, categories, captions = zip(*chunks, strict=True)
+    parts = {"pixels": pixels, "owner": owner, "categories": categories}
+    tensors = {name: torch.cat([torch.as_tensor(part) for part in chunk]) for name, chunk in parts.items()}
+    texts = json.dumps([caption for chunk in captions for caption in chunk])
+    write_atomically(path, save(tensors, metadata={"captions": texts}))
+    return _read_pool(path)
+
+
+def _read_pool(path: Path) -> ScenePool:
+    with safe_open(path, "pt") as file:
+        captions = json.loads((file.metadata() or {})["captions"])
+    return ScenePool(**load_file(path), captions=captions)

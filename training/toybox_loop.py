@@ -12,26 +12,31 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 
+from objectcompose.command_help import script_parser
 from objectcompose.toybox.categories import PRESETS, Preset
 from objectcompose.training.common import (
     Checkpointer,
     JsonlLogger,
+    check_same_run,
     collect_state,
     create_ema,
     progress_bar,
-    restore_state,
 )
 
 
-def toybox_parser(description: str, batch_size: int, steps: dict[str, int]) -> argparse.ArgumentParser:
+#: What may change from one start of a run to the next.
+_FREE_TOYBOX_OPTIONS = {"weights", "runs", "minutes", "compile", "default_steps", "continue_weights"}
+
+
+def toybox_parser(docstring: str, batch_size: int, steps: dict[str, int]) -> argparse.ArgumentParser:
     """The arguments that every toybox trainer takes.
 
     Args:
-        description: first line of the script's docstring.
+        docstring: of the script.
         batch_size: default batch size.
         steps: default number of steps of each preset.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = script_parser(docstring, shows_defaults=False)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="size of the world")
     parser.add_argument("--weights", type=Path, default=Path("examples/toybox"), help="where finished models lie")
     parser.add_argument("--runs", type=Path, default=Path("runs/toybox"), help="checkpoints, logs and caches")
@@ -80,7 +85,12 @@ def fit(
 
     Returns:
         A copy of the model with averaged weights, and the steps done.
+
+    Raises:
+        CheckpointError: the checkpoints are of a run with other options.
     """
+    options = {key: value for key, value in vars(args).items() if key not in _FREE_TOYBOX_OPTIONS}
+    check_same_run(args.runs / name, {"run": name, **options, "lr": lr, "ema_decay": ema_decay}, checkpoints="")
     start, seconds_before = begun
     # `initial_lr`: a schedule that starts late wants it
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "initial_lr": lr}], lr, (0.9, 0.99))
@@ -95,13 +105,12 @@ def fit(
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     checkpoints, began = Checkpointer(args.runs / name), time.monotonic()
     device = next(model.parameters()).device
-    if (found := checkpoints.latest(device)) is not None:
-        start, state = found
-        restore_state(state, **parts)
+    resumed_step = checkpoints.restore(**parts)
+    start = start if resumed_step is None else resumed_step
     ema.to(device)
     step = start
     log = JsonlLogger(args.runs / f"{name}.jsonl", resume_step=start)
-    if found is None and start:
+    if resumed_step is None and start:
         log.log(start, seconds=seconds_before)
     with log, progress_bar(args.steps, start, name) as bar:
         while step < args.steps:

@@ -1,7 +1,8 @@
 """Train LocRef-Diffusion's adapter on pictures with boxes (arXiv 2411.15252); the base stays as it is.
 
     accelerate launch -m objectcompose.training.train_locref \\
-        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 --image_encoder my_clip_vit_h \\
+        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --image_encoder laion/CLIP-ViT-H-14-laion2B-s32B-b79K \\
         --coco_instances instances_train2017.json --coco_captions captions_train2017.json --images train2017 \\
         --train_batch_size 32 --cache_dir cache --output_dir outputs/locref
     python -m objectcompose.training.train_locref --toybox_scenes 4000 --output_dir outputs/locref    # embedded
@@ -21,6 +22,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from objectcompose.adapters.locref_adapter import COMPOSITE_KINDS, REFERENCE_PROJECTIONS, LocRefAdapter
+from objectcompose.command_help import script_parser
 from objectcompose.errors import LayoutError, ObjectComposeError
 from objectcompose.files import write_png
 from objectcompose.pipelines.plot import draw_layout
@@ -31,6 +33,7 @@ from objectcompose.training.adapter_training import (
     start_adapter_training,
 )
 from objectcompose.training.boxed_pictures import BoxedPictures, read_coco, read_openimages
+from objectcompose.training.caption_encoding import check_caption_lengths
 from objectcompose.training.common import run_script
 from objectcompose.training.locref_losses import LocRefLosses, LocRefLossOptions
 from objectcompose.training.loop import loop_options
@@ -46,9 +49,7 @@ VALIDATION_STEPS = 20
 
 def create_parser() -> argparse.ArgumentParser:
     """All options; the weights of the loss are the paper's, what it leaves open is IP-Adapter's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     _add_data_arguments(parser)
     losses, defaults = parser.add_argument_group("losses"), LocRefLossOptions()
     losses.add_argument("--foreground_weight", type=float, default=defaults.foreground_weight, help="inside boxes")
@@ -152,7 +153,10 @@ def make_adapter(args: argparse.Namespace, pipeline: Any) -> LocRefAdapter:
         return LocRefAdapter.from_unet(pipeline.unet, base, pipeline.image_encoder, **choices)
     if choices:
         raise ObjectComposeError(f"`{min(choices)}` must not be given with `ip_adapter`, which brings its own.")
-    return LocRefAdapter.from_ip_adapter(args.ip_adapter, pipeline.unet, base)
+    adapter = LocRefAdapter.from_ip_adapter(args.ip_adapter, pipeline.unet, base)
+    # those defaults are for weights used as they come; here they are trained with null pictures, at full strength
+    adapter.register_to_config(null_references=True, ci_scale=1.0, ri_scale=1.0)
+    return adapter
 
 
 def scene_painter(pipeline: Any, samples: Sequence[ReferenceSample], folder: Path) -> Callable[[int], None] | None:
@@ -202,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = start_adapter_training(args, "train_locref", argv, "locref", lambda pipeline: make_adapter(args, pipeline))
     pipeline = run.pipeline
     dataset = load_dataset(args, picture_side(pipeline, args.resolution))
+    if isinstance(dataset, BoxedPictures):
+        texts = [caption for picture in dataset.pictures for caption in picture.captions]
+        check_caption_lengths(pipeline.tokenizer, texts, is_shown=run.accelerator.is_main_process)
     if not 0 <= args.validation_scenes <= len(dataset):
         raise ObjectComposeError(
             f"`validation_scenes` must lie in [0, {len(dataset)}] with this data, got {args.validation_scenes}."
@@ -218,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title="LocRef adapter",
         summary="Objects from reference pictures in given boxes, after LocRef-Diffusion (arXiv 2411.15252).",
         data=f"{len(dataset)} pictures with boxes from {_source(args)}",
+        data_digest=dataset.digest(),
         paint=scene_painter(pipeline, shown, args.output_dir / "validation"),
     )
     return 0

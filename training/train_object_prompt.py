@@ -1,7 +1,8 @@
 """Train ObjectPrompt's adapter: object pictures to keys and values (VisualComposer, arXiv 2501.01424).
 
     accelerate launch -m objectcompose.training.train_object_prompt \\
-        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 --image_encoder h94/IP-Adapter-encoder \\
+        --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --image_encoder laion/CLIP-ViT-H-14-laion2B-s32B-b79K \\
         --ip_adapter_plus ip-adapter-plus_sd15.safetensors --data my_captions --output_dir outputs/object-prompt
     python -m objectcompose.training.train_object_prompt --toybox_scenes 4000 --output_dir outputs/object-prompt
 
@@ -13,7 +14,9 @@ to go on after an interruption. The adapter is in the output folder's `weights`.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from objectcompose.adapters.object_prompt_adapter import TOKEN_STREAMS, ObjectPromptAdapter
+from objectcompose.command_help import script_parser
 from objectcompose.errors import LayoutError, ObjectComposeError
 from objectcompose.files import write_png
 from objectcompose.toybox.weights import active_preset
@@ -31,11 +35,17 @@ from objectcompose.training.adapter_training import (
     finish_adapter_training,
     start_adapter_training,
 )
-from objectcompose.training.caption_encoding import CaptionEncoder
+from objectcompose.training.caption_encoding import CaptionEncoder, check_caption_lengths
 from objectcompose.training.common import run_script
 from objectcompose.training.grounded_captions import GroundedCaptions, read_records
 from objectcompose.training.loop import loop_options
-from objectcompose.training.object_prompt_data import CutOutScenes, ObjectFeatures, ObjectScenes, ToyboxScenes
+from objectcompose.training.object_prompt_data import (
+    CutOutScenes,
+    ObjectFeatures,
+    ObjectScenes,
+    ToyboxScenes,
+    captions_with_objects,
+)
 from objectcompose.training.object_prompt_losses import ConditionOptions, ObjectPromptLosses
 from objectcompose.training.runs import picture_side
 
@@ -45,12 +55,12 @@ VALUE_INITS = ("text", "zero")
 #: Steps and guidance of a validation picture.
 VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0
 
+logger = logging.getLogger(__name__)
+
 
 def create_parser() -> argparse.ArgumentParser:
     """All options; the defaults are IP-Adapter's and, for what it has not, the method's page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", type=Path, help="folder of grounded captions")
     data.add_argument("--toybox_scenes", type=int, help="train on so many scenes of the toybox instead")
@@ -73,28 +83,40 @@ def create_parser() -> argparse.ArgumentParser:
     )
     drops = parser.add_argument_group("conditions")
     for name, option in ConditionOptions.__dataclass_fields__.items():
-        drops.add_argument(f"--{name}", type=float, default=option.default, help="chance per sample")
+        what = "chance per object; one always stays" if name == "drop_object" else "chance per sample"
+        drops.add_argument(f"--{name}", type=float, default=option.default, help=what)
     add_adapter_arguments(
         parser, max_train_steps=50_000, train_batch_size=8, learning_rate=1e-4, checkpointing_steps=1000
     )
     return parser
 
 
-def load_scenes(args: argparse.Namespace, resolution: int) -> ObjectScenes:
-    """The scenes that the arguments name.
+def load_scenes(run: AdapterTraining, resolution: int) -> ObjectScenes:
+    """The scenes that the arguments name, of pictures those that show an object; warns of what is left out or cut.
 
     Raises:
-        LayoutError, ImageInputError: they are missing or broken.
+        LayoutError, ImageInputError, RegionError: they are missing or broken.
         ObjectComposeError: there are none.
     """
+    args, accelerator = run.args, run.accelerator
     if args.data is not None:
-        return CutOutScenes(GroundedCaptions(read_records(args.data), resolution))
+        captions = GroundedCaptions(read_records(args.data), resolution)
+        chosen = captions_with_objects(captions, accelerator.is_main_process)
+        if len(chosen) < len(captions) and accelerator.is_main_process:
+            logger.warning(
+                f"{len(captions) - len(chosen)} of {len(captions)} pictures are left out: they show no object that can"
+                " be cut out."
+            )
+        texts = [captions.records[number].caption for number in chosen.numbers]
+        check_caption_lengths(run.pipeline.tokenizer, texts, is_shown=accelerator.is_main_process)
+        return CutOutScenes(chosen)
     if args.toybox_scenes < 1:
         raise ObjectComposeError(f"`--toybox_scenes` must be at least 1, got {args.toybox_scenes}.")
     preset = active_preset()
     if resolution != preset.image_size:
         raise LayoutError(f"`resolution` must be {preset.image_size} with `toybox_scenes`, got {resolution}.")
-    return ToyboxScenes(preset, args.toybox_scenes, args.cache_dir or args.output_dir / "scenes")
+    with accelerator.main_process_first():  # who renders first fills the cache
+        return ToyboxScenes(preset, args.toybox_scenes, args.cache_dir or args.output_dir / "scenes")
 
 
 def make_adapter(args: argparse.Namespace, pipeline: Any) -> ObjectPromptAdapter:
@@ -178,7 +200,8 @@ def scene_painter(pipeline: Any, scenes: ObjectScenes, count: int, folder: Path)
         count: how many; with 0 there is no painter.
         folder: of the sheets.
     """
-    chosen = [index for index in range(len(scenes.captions)) if scenes.count(index)][:count] if count else []
+    # one by one, since each scene is decoded to know
+    chosen = list(islice((index for index in range(len(scenes.captions)) if scenes.count(index)), count))
     if not chosen:
         return None
     pipeline.set_progress_bar_config(disable=True)
@@ -225,13 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, "train_object_prompt", argv, "object-prompt", lambda pipeline: make_adapter(args, pipeline)
     )
     pipeline = run.pipeline
-    resolution = picture_side(pipeline, args.resolution)
-    with run.accelerator.main_process_first():  # who renders or reads first fills the caches
-        scenes = load_scenes(args, resolution)
-    if not any(scenes.count(index) for index in range(len(scenes.captions))):
-        raise LayoutError(
-            f"`data` must show an object that can be cut out, got none in {len(scenes.captions)} scenes."
-        )
+    scenes = load_scenes(run, picture_side(pipeline, args.resolution))
     losses = make_losses(run, scenes, options)
     paint = scene_painter(pipeline, scenes, args.validation_scenes, args.output_dir / "validation")
     finish_adapter_training(
@@ -242,7 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary="Object pictures as prompts: keys from a narrow encoding of each picture, values from a wide one"
         f" (VisualComposer, arXiv 2501.01424; not the authors' weights). Streams: {args.streams}.",
         data=f"{len(scenes.captions)} scenes from {args.data.name if args.data else 'toybox'}",
+        data_digest=scenes.captions.digest(),
         paint=paint,
+        key_side_steps=losses.key_side_steps,
     )
     return 0
 

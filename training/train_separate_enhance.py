@@ -14,19 +14,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from objectcompose.command_help import attributes_help, script_parser
 from objectcompose.errors import LayoutError
 from objectcompose.training.caption_encoding import encode_caption
 from objectcompose.training.common import run_script
 from objectcompose.training.fine_tuning import add_fine_tuning_arguments, finish_fine_tuning, start_fine_tuning
 from objectcompose.training.loop import loop_options
+from objectcompose.training.runs import digest_of
 from objectcompose.training.separate_enhance_losses import SeparateEnhanceLosses, SeparateEnhanceOptions
 
 
 def create_parser() -> argparse.ArgumentParser:
     """All options; the defaults are those of the paper's pair mode."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     concepts = parser.add_mutually_exclusive_group(required=True)
     concepts.add_argument("--concepts", nargs="+", help="nouns")
     concepts.add_argument("--concepts_file", type=Path, help="one noun per line")
@@ -34,19 +34,17 @@ def create_parser() -> argparse.ArgumentParser:
         "--attention_grid", type=int, nargs=2, default=None, help="of the maps; none: a quarter of the latent's sides"
     )
     defaults = SeparateEnhanceOptions()
-    losses = parser.add_argument_group("losses")
+    losses, texts = parser.add_argument_group("losses"), attributes_help(SeparateEnhanceOptions)
     for name in ("sep_weight", "enhance_weight", "norm_weight", "sigma"):
-        losses.add_argument(f"--{name}", type=float, default=getattr(defaults, name), help="see the losses")
-    losses.add_argument("--head_mode", choices=("per_head", "mean"), default="per_head", help="see the losses")
-    losses.add_argument("--sep_reduce", choices=("pairwise", "joint"), default="pairwise", help="see separate_loss")
-    losses.add_argument("--sep_pixel", choices=("max", "soft_iou"), default="max", help="see separate_loss")
-    losses.add_argument("--objects", type=int, default=2, help="concepts in one prompt")
-    losses.add_argument(
-        "--latent_source",
-        choices=("gaussian_scaled", "gaussian_unit"),
-        default="gaussian_scaled",
-        help="clean latents",
-    )
+        losses.add_argument(f"--{name}", type=float, default=getattr(defaults, name), help=texts[name])
+    for name, choices in (
+        ("head_mode", ("per_head", "mean")),
+        ("sep_reduce", ("pairwise", "joint")),
+        ("sep_pixel", ("max", "soft_iou")),
+        ("latent_source", ("gaussian_scaled", "gaussian_unit")),
+    ):
+        losses.add_argument(f"--{name}", choices=choices, default=getattr(defaults, name), help=texts[name])
+    losses.add_argument("--objects", type=int, default=2, help=texts["objects"])
     losses.add_argument("--min_timestep", type=int, default=0, help="first timestep")
     losses.add_argument("--max_timestep", type=int, default=None, help="last timestep, exclusive; none: all")
     add_fine_tuning_arguments(
@@ -104,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title="Separate-and-Enhance keys",
         summary="Cross-attention keys that were fine-tuned with Separate-and-Enhance (arXiv 2312.06712).",
         data=f"no pictures; prompts of {len(concepts)} concepts",
+        data_digest=digest_of(concept.encode() for concept in concepts),
     )
     return 0
 

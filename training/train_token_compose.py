@@ -14,9 +14,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from objectcompose.command_help import attributes_help, script_parser
 from objectcompose.errors import LayoutError
 from objectcompose.toybox.weights import active_preset
-from objectcompose.training.caption_encoding import MASK_MODES, CaptionEncoder
+from objectcompose.training.caption_encoding import MASK_MODES, CaptionEncoder, check_caption_lengths
 from objectcompose.training.common import run_script
 from objectcompose.training.fine_tuning import add_fine_tuning_arguments, finish_fine_tuning, start_fine_tuning
 from objectcompose.training.grounded_captions import CaptionDataset, GroundedCaptions, ToyboxCaptions, read_records
@@ -31,22 +32,25 @@ from objectcompose.training.token_compose_losses import (
 
 def create_parser() -> argparse.ArgumentParser:
     """All options; the defaults are those of the authors' run on Stable Diffusion 1.4."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", type=Path, help="folder of grounded captions")
     data.add_argument("--toybox_scenes", type=int, help="train on so many scenes of the toybox instead")
     parser.add_argument("--resolution", type=int, default=None, help="side of the samples; none: the base's own")
     parser.add_argument("--cache_dir", type=Path, default=None, help="keep encoded samples here; changes no result")
     parser.add_argument("--mask_mode", choices=MASK_MODES, default="bilinear", help="masks on coarse grids")
-    parser.add_argument("--on_missing", choices=("error", "skip"), default="error", help="a noun not in its caption")
-    losses = parser.add_argument_group("losses")
-    losses.add_argument("--ldm_weight", type=float, default=1.0, help="of the denoising loss")
-    losses.add_argument("--token_weight", type=float, default=1e-3, help="lambda, of the token loss")
-    losses.add_argument("--pixel_weight", type=float, default=5e-5, help="gamma, of the pixel loss")
-    losses.add_argument("--head_mode", choices=("ratio_mean", "map_mean"), default="ratio_mean", help="see token_loss")
-    losses.add_argument("--pixel_sum", choices=("resolutions", "layers"), default="resolutions", help="see pixel_loss")
+    parser.add_argument(
+        "--on_missing", choices=("error", "skip"), default="error", help="a noun not in its caption, or a long one"
+    )
+    losses, texts = parser.add_argument_group("losses"), attributes_help(TokenComposeLossOptions)
+    for name, weight in (("ldm_weight", 1.0), ("token_weight", 1e-3), ("pixel_weight", 5e-5)):
+        losses.add_argument(f"--{name}", type=float, default=weight, help=texts[name])
+    losses.add_argument(
+        "--head_mode", choices=("ratio_mean", "map_mean"), default="ratio_mean", help=texts["head_mode"]
+    )
+    losses.add_argument(
+        "--pixel_sum", choices=("resolutions", "layers"), default="resolutions", help=texts["pixel_sum"]
+    )
     losses.add_argument("--layers", default=SUPERVISED_LAYERS, help="supervised layers, a regex")
     add_fine_tuning_arguments(
         parser,
@@ -87,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     resolution = picture_side(pipeline, args.resolution)
     with run.accelerator.main_process_first():  # who renders or reads first fills the caches
         dataset = load_dataset(args, resolution)
+    if isinstance(dataset, GroundedCaptions):
+        texts = [record.caption for record in dataset.records]
+        check_caption_lengths(pipeline.tokenizer, texts, args.on_missing, run.accelerator.is_main_process)
     encoder = CaptionEncoder(
         dataset,
         pipeline.tokenizer,
@@ -107,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title="TokenCompose UNet",
         summary="A UNet that was fine-tuned with TokenCompose's token and pixel losses (arXiv 2312.03626).",
         data=f"{len(dataset)} grounded captions from {args.data.name if args.data else 'toybox scenes'}",
+        data_digest=dataset.digest(),
     )
     return 0
 

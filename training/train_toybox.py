@@ -10,7 +10,6 @@ steps is skipped. `toybox.json` beside the weights says how each model was made,
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from objectcompose.adapters.model_card import CardFigure, ModelCardFacts, figures_from_result, write_model_card
+from objectcompose.command_help import script_parser
 from objectcompose.files import write_atomically
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.weights import weights_hash
@@ -226,7 +226,7 @@ def write_card(preset: str, weights: Path, runs: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__, shows_defaults=False)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="size of the world")
     parser.add_argument("--minutes", type=float, default=None, help="for all parts together; run again to go on")
     parser.add_argument("--weights", type=Path, default=Path("examples/toybox"), help="where finished models lie")

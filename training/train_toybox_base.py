@@ -74,7 +74,7 @@ def steps_begun(preset: str, weights: Path) -> tuple[int, float]:
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
+    parser = toybox_parser(__doc__, batch_size=BATCH_SIZE, steps=STEPS)
     parser.add_argument("--scenes", type=int, default=32_000, help="size of the pool of training scenes")
     parser.add_argument(
         "--continue_weights", action="store_true", help="where there is no checkpoint, go on from the written base"

@@ -34,7 +34,7 @@ def build_processor() -> BitImageProcessorPil:
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
+    parser = toybox_parser(__doc__, batch_size=BATCH_SIZE, steps=STEPS)
     args, preset, device = parse_toybox(parser)
     dino = build_dino(preset).to(device)
     stream = ViewStream(preset, "train", args.batch_size, args.steps, device)

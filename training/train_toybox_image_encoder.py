@@ -78,7 +78,7 @@ def build_processor() -> CLIPImageProcessorPil:
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
+    parser = toybox_parser(__doc__, batch_size=BATCH_SIZE, steps=STEPS)
     args, preset, device = parse_toybox(parser)
     tokenizer = build_tokenizer()
     captions = [f"a photo of {with_article(name)}" for name in preset.categories]

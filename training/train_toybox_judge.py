@@ -27,7 +27,7 @@ BATCH_SIZE = 32
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
+    parser = toybox_parser(__doc__, batch_size=BATCH_SIZE, steps=STEPS)
     parser.add_argument("--scenes", type=int, default=8000, help="size of the judge's own pool of scenes")
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "judge", args.scenes, args.runs / "pools")

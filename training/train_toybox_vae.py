@@ -107,7 +107,7 @@ def narrow_posterior(vae: Any) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = toybox_parser(__doc__.splitlines()[0], batch_size=BATCH_SIZE, steps=STEPS)
+    parser = toybox_parser(__doc__, batch_size=BATCH_SIZE, steps=STEPS)
     parser.add_argument("--scenes", type=int, default=16_000, help="size of the pool of training scenes")
     args, preset, device = parse_toybox(parser)
     pool = scene_pool(preset, "train", args.scenes, args.runs / "pools")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from objectcompose.evaluation.prompts import PromptRecord
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.token_utils import find_phrases
 
 

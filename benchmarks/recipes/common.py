@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from objectcompose.adapters.unet_delta import UNetDelta
-from objectcompose.evaluation.models import load_unet
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.evaluation.results import RESULTS_FOLDER, measured_checkout, write_result
 from objectcompose.evaluation.statistics import interval_metrics, paired_difference
 from objectcompose.files import write_atomically
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint, load_unet
 from objectcompose.toybox.weights import toybox_path
-from objectcompose.training.export import DELTA_NAME
 
 
 Row = dict[str, Any]

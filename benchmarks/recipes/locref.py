@@ -46,7 +46,7 @@ from objectcompose.evaluation.layout_metrics import layout_metrics
 from objectcompose.evaluation.report import ROWS_FILE, write_report
 from objectcompose.evaluation.toybox_layouts import LEFT, RIGHT, toybox_layouts
 from objectcompose.examples.gallery import GalleryRow, on_white, save_gallery
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.plot import draw_layout
 from objectcompose.toybox.weights import active_preset, toybox_path
 from objectcompose.training import train_locref

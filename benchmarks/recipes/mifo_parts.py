@@ -25,7 +25,7 @@ from objectcompose.evaluation.disentangle_cases import TOYBOX_TEMPLATES, editing
 from objectcompose.evaluation.disentangle_scorer import DisentangleScorer
 from objectcompose.evaluation.toybox_instance_scenes import ToyboxInstances, toybox_instances
 from objectcompose.files import write_atomically
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.learned_instances import load_instances
 from objectcompose.toybox.weights import active_preset
 from objectcompose.training import learn_mifo

@@ -249,3 +249,10 @@ def test_config_names_the_base(saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["base_model"] == "owner/base" and len(config["base_fingerprint"]) == 7 * 32 // 4
     assert set(config["layer_widths"]) == set(match_layers(tiny_unet(), "", kind="cross"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+def test_the_fingerprint_is_that_of_every_dtype(dtype):
+    base = tiny_unet()
+    expected = identify_base(base).fingerprint
+    assert identify_base(base.to(dtype)).fingerprint == expected

@@ -163,6 +163,8 @@ def test_width_follows_the_encoder_and_the_feature():
         ({"num_tokens": 0}, "at least 1"),
         ({"hidden_width": -1}, "at least 1"),
         ({"gamma": -0.5}, "`gamma` must be a finite number of at least 0, got -0.5"),
+        ({"region_mask": "no"}, "`region_mask` must be True or False, got 'no'"),
+        ({"null_references": 1}, "`null_references` must be True or False, got 1"),
         ({"ri_scale": float("nan")}, "`ri_scale` must be a finite number"),
         ({"ci_scale": float("inf")}, "`ci_scale` must be a finite number"),
     ],
@@ -209,7 +211,7 @@ def test_it_knows_its_base():
 # ---- IP-Adapter files
 
 
-def ip_adapter_file(path, unet, plus=False):
+def ip_adapter_file(path, unet, plus=False, width=CLIP_WIDTH):
     """What IP-Adapter's authors publish, built from diffusers' own IP-Adapter classes on a UNet; and these classes."""
     add_ip_adapter(unet)
     processors = [
@@ -225,7 +227,7 @@ def ip_adapter_file(path, unet, plus=False):
         tensors["image_proj.latents"] = torch.randn(1, 5, 8)
         tensors["image_proj.proj_in.weight"] = torch.randn(8, IMAGE_WIDTH)
     else:
-        projection = ImageProjection(CLIP_WIDTH, TEXT_WIDTH, num_image_text_embeds=4)
+        projection = ImageProjection(width, TEXT_WIDTH, num_image_text_embeds=4)
         tensors["image_proj.proj.weight"] = projection.image_embeds.weight.detach().clone()
         tensors["image_proj.proj.bias"] = projection.image_embeds.bias.detach().clone()
         tensors["image_proj.norm.weight"] = projection.norm.weight.detach().clone()

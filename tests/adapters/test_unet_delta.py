@@ -140,6 +140,28 @@ def test_only_the_unet_that_it_is_on_can_give_it_back():
     assert equal_states(own_keys(unet), before)
 
 
+def test_deltas_on_the_same_tensors_come_off_in_the_opposite_order():
+    unet, before, after, first = keys_moved()
+    further = {name: value + 0.01 for name, value in after.items()}
+    second = UNetDelta.between(after, further, first.made_for, dtype=torch.float32)
+    elsewhere = UNetDelta(first.made_for, {"conv_in.bias:value": torch.ones_like(unet.conv_in.bias)})
+    first.attach(unet)
+    second.attach(unet)
+    elsewhere.attach(unet)
+    with pytest.raises(CheckpointError, match="attached after this one holds .*attn2.to_k.weight too; detach that"):
+        first.detach(unet)
+    assert equal_states(own_keys(unet), further)
+    second.detach(unet)  # nobody else holds its tensors
+    assert equal_states(own_keys(unet), after)
+    first.detach(unet)
+    assert equal_states(own_keys(unet), before)
+    first.attach(unet)
+    second.attach(unet)
+    second.detach(unet)
+    first.detach(unet)
+    assert equal_states(own_keys(unet), before)
+
+
 def test_a_unet_that_is_gone_sets_the_delta_free():
     unet, _, after, delta = keys_moved()
     delta.attach(unet)

@@ -7,7 +7,7 @@ import torch
 
 from objectcompose.attention_processors.box_control import BoxControlOptions, BoxControlRun
 from objectcompose.attention_processors.box_layers import control_layers
-from objectcompose.attention_processors.box_masks import SubjectRegions
+from objectcompose.attention_processors.box_masks import PromptSubjects, SubjectRegions
 from objectcompose.attention_processors.early_exit import run_until
 from objectcompose.attention_processors.install import match_layers, use_parts
 from objectcompose.attention_processors.probe import CellMapProbe, TokenMapProbe
@@ -29,6 +29,8 @@ from tests.tiny import tiny_unet
 CANVAS = (16, 16)
 FINE_CANVAS = (32, 32)  # whose finest level the loss does not read
 PICTURES = ((TWO_BOXES, TWO_SUBJECTS), (ONE_BOX, ONE_SUBJECT))
+ONE_TOKEN = PromptSubjects(((5,), (5,)), (5, 5), end_index=8, filtered_indices=(1, 3))
+SHARED = ((TWO_BOXES, ONE_TOKEN), (ONE_BOX, ONE_SUBJECT))
 ONE_STEP = {"iterations": 1, "guided_steps": 3}
 
 
@@ -97,6 +99,14 @@ def test_loss_and_gradient_are_those_of_whole_tables(kind, step):
     assert torch.allclose((call.latents - moved) / size, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
 
 
+def test_loss_and_gradient_of_subjects_that_share_a_token():
+    call = Call(SHARED, **ONE_STEP)
+    moved = call.step()
+    losses, gradient = explicit_gradient(call, call.run.options.penalty_at(0, 3))
+    assert torch.isfinite(losses).all() and torch.allclose(call.run.losses[0][0], losses, rtol=1e-5)
+    assert torch.allclose((call.latents - moved) / 8, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
 @pytest.mark.parametrize(("attention", "weights"), [("cross", (1.5, 0.0)), ("self", (0.0, 0.5))])
 def test_one_kind_of_attention_alone(attention, weights):
     call = Call(attention=attention, **ONE_STEP)
@@ -140,11 +150,13 @@ def test_later_steps_leave_the_latents_alone():
     assert masks_only.step(0) is masks_only.latents
 
 
-def test_pictures_do_not_act_on_each_other():
-    both = Call(iterations=3, guided_steps=2)
+@pytest.mark.parametrize("pictures", [PICTURES, SHARED])
+def test_pictures_do_not_act_on_each_other(pictures):
+    both = Call(pictures, iterations=3, guided_steps=2)
     together = both.step()
-    for row, picture in enumerate(PICTURES):
+    for row, picture in enumerate(pictures):
         alone = Call((picture,), iterations=3, guided_steps=2)
+        alone.latents, alone.text = both.latents[row : row + 1], both.text[row : row + 1]
         assert torch.allclose(alone.step()[0], together[row], atol=1e-4)
 
 
@@ -253,6 +265,18 @@ def test_maps_of_denoising_passes_only_refine_the_masks():
     assert masks.sum(1).max() == 1 and not masks[1, 1].any()  # disjoint; the padded subject stays empty
 
 
+def test_subjects_that_share_a_token_are_refined_within_their_boxes():
+    call = Call((SHARED[0],), guided_steps=0, refine_start=1, refine_period=1)
+    with torch.no_grad(), use_parts(call.unet, call.run.parts):
+        for step in range(2):
+            call.run.before_step(step, call.latents, same, call.forward)
+            call.denoise(call.latents)
+    masks, boxes = call.regions.at_tokens(256)[0], call.regions.boxes.at_tokens(256)[0]
+    assert masks.flatten(1).any(1).all() and masks.sum(0).max() == 1 and not torch.equal(masks, boxes)
+    own = (masks[:, None] * boxes[None]).sum((2, 3))  # cells of each mask in each box
+    assert own[0, 0] > own[0, 1] and own[1, 1] > own[1, 0]
+
+
 def test_masks_are_not_refined_when_told_so():
     call = Call(refine=False, guided_steps=0)
     assert not [part for part in call.run.parts if part.kind == "probe"]
@@ -330,6 +354,9 @@ def test_a_model_without_decoder_layers_is_refused():
         ({"attention": "none"}, "attention"),
         ({"padding": "hidden"}, "padding"),
         ({"stop_on": "loss"}, "stop_on"),
+        ({"filtered_words": "of"}, "filtered_words"),
+        ({"filtered_words": ["of", " "]}, "filtered_words"),
+        ({"filtered_words": 3}, "filtered_words"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -98,3 +98,13 @@ def test_nothing_to_measure_is_refused():
         mean_box_masses({}, {})
     with pytest.raises(ObjectComposeError, match='"cross" or "self"'):
         box_control_loss({}, {}, 0.1, torch.ones(1, 1))
+
+
+def test_token_masses_are_float32_under_autocast():
+    maps = {"a": torch.rand(2, 3, 16, 4), "b": torch.rand(2, 3, 4, 4)}
+    owners = torch.randint(2, (2, 4, 2)).float()
+    expected = subject_token_mass(maps, owners)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = subject_token_mass(maps, owners)
+    for name, mass in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], mass)

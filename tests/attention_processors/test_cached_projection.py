@@ -36,13 +36,14 @@ class TestCachedProjection:
 
     @pytest.mark.parametrize(
         "change",
-        ["new", "in place", "data", "shape", "dtype", "weights", "new weights", "rounded weights"],
+        ["new", "in place", "data", "shape", "dtype", "weights", "new weights", "rounded weights", "autocast"],
     )
     @torch.no_grad()
     def test_is_never_stale(self, projection, change):
         linear, project, counted = projection
         cache, tokens = {}, torch.randn(2, 3, 4)
-        before = cached_projection(cache, tokens, project, linear.parameters())["layer"][0].clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+            before = cached_projection(cache, tokens, project, linear.parameters())["layer"][0].clone()
         if change == "new":
             tokens = tokens + 1
         elif change == "in place":
@@ -57,7 +58,7 @@ class TestCachedProjection:
             linear.weight.add_(1)
         elif change == "rounded weights":
             linear.bfloat16().float()  # whose memory may be where it was
-        else:
+        elif change == "new weights":
             linear.weight = torch.nn.Parameter(linear.weight + 1)
         after = cached_projection(cache, tokens, project, linear.parameters())["layer"][0]
         assert len(counted) == 2

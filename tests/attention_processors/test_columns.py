@@ -87,3 +87,14 @@ def test_held_maps_survive_the_second_run_of_a_checkpointed_block():
             loss.backward()
         assert ({name: id(maps) for name, maps in probe.maps.items()} == first) is is_held
         probe.clear()
+
+
+def test_gradients_under_autocast_are_those_in_float32():
+    weights = torch.randn(2, 3, 5, 3, generator=torch.Generator().manual_seed(1))
+    plain, cast = inputs(torch.float32), inputs(torch.float32)
+    (softmax_columns(*plain, INDICES, 0.7) * weights).sum().backward()
+    loss = (softmax_columns(*cast, INDICES, 0.7) * weights).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss.backward()
+    for one, other in zip(plain, cast, strict=True):
+        assert torch.equal(one.grad, other.grad)

@@ -87,7 +87,7 @@ def test_region_mass_equals_the_whole_table(kind):
     for name, mass in probe.mass.items():
         num_tokens = mass.shape[2]
         seen.add(num_tokens)
-        close(mass, tables[name] @ regions.at(regions.grid_of_tokens(num_tokens)).flatten(1).T)
+        close(mass, tables[name] @ regions.at_tokens(num_tokens).flatten(1).T)
     assert seen == ({28} if kind == "sdxl" else {91, 28, 8})
 
 

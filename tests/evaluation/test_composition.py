@@ -36,7 +36,7 @@ from objectcompose.evaluation.toybox_object_sets import (
 from objectcompose.evaluation.toybox_poses import estimate_pose
 from objectcompose.files import write_png
 from objectcompose.grounding.toybox_truth import scene_picture
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.toybox.categories import PRESETS, held_out_drawings, held_out_pairs
 from objectcompose.toybox.identities import HELD_OUT_HUES
 from objectcompose.toybox.judge import Detection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,11 +22,16 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
+    ViTConfig,
+    ViTModel,
 )
 
 from objectcompose.__main__ import main
+from objectcompose.adapters.base_identity import identify_base
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
-from objectcompose.evaluation.crop_similarity import without_boxes
+from objectcompose.evaluation.crop_similarity import _dino_encoder, without_boxes
+from objectcompose.evaluation.disentangle import add_arguments
 from objectcompose.evaluation.disentangle_cases import (
     EDITING_TEMPLATES,
     TOYBOX_TEMPLATES,
@@ -37,7 +43,7 @@ from objectcompose.evaluation.disentangle_cases import (
 from objectcompose.evaluation.disentangle_metrics import disentangle_metrics, picture_figures
 from objectcompose.evaluation.disentangle_scorer import DisentangleScorer, share_outside
 from objectcompose.evaluation.toybox_instance_scenes import ALIKE, HELD_OUT_HUES, UNLIKE, toybox_instances
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.learned_instances import learned_names, load_instances
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.judge import Detection
@@ -246,6 +252,40 @@ def test_instances_are_loaded_by_number_and_checked(tmp_path):
         load_instances(pipeline, broken)
 
 
+def test_a_whole_pipeline_of_stage_2_is_not_left_out(tmp_path):
+    """Its placeholders on the base would be those of a model that is not there."""
+    learned = write_learned(tmp_path / "learned")
+    pipeline = load_checkpoint(None, "cpu", "mifo")
+    (learned / "weights").mkdir()
+    (learned / "weights" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"load it with `MIFOPipeline.from_pretrained\('.*learned/weights'\)`"):
+        load_instances(pipeline, learned)
+    assert "<asset0>" not in pipeline.tokenizer.get_vocab()
+    pipeline.load_textual_inversion(str(learned / "embeddings"), weight_name="asset0.safetensors")
+    pipeline.load_textual_inversion(str(learned / "embeddings"), weight_name="asset1.safetensors")
+    assert load_instances(pipeline, learned) == ["<asset0>", "<asset1>"]  # as the whole pipeline has them
+
+
+def test_a_delta_of_stage_2_comes_with_new_placeholders(tmp_path):
+    learned = write_learned(tmp_path / "learned")
+    pipeline = load_checkpoint(None, "cpu", "mifo")
+    name, weight = next((name, one) for name, one in pipeline.unet.named_parameters() if name.endswith("to_k.weight"))
+    before, step = {name: weight.detach().clone()}, torch.zeros_like(weight)
+    step[0, 0] = 1.0  # of rank 1, so that it would be added twice
+    made_for = identify_base(pipeline.unet)
+    UNetDelta.between(before, {name: before[name] + step}, made_for, 1).save(learned / "weights" / DELTA_NAME)
+    for _ in range(2):
+        load_instances(pipeline, learned)
+        assert torch.allclose(weight, before[name] + step, atol=1e-3)
+    other = load_checkpoint(None, "cpu", "mifo")
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter.normal_()
+    with pytest.raises(CheckpointError, match="was made for"):
+        load_instances(other, learned)
+    assert "<asset0>" not in other.tokenizer.get_vocab()
+
+
 # ---- the command
 
 
@@ -351,3 +391,43 @@ def test_other_models_are_scored_by_public_encoders(tmp_path):
         expected = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output[0], dim=-1)
     torch.testing.assert_close(scorer.caption(case, second), expected)
     assert scorer.identity().keys() == {"clip", "dino"}
+
+
+def test_the_first_dino_is_read_by_its_class_token(tmp_path):
+    """A tiny one, beside the processor file that DINO ViT-S/16 is published with."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, image_size=56, patch_size=8
+    )
+    model = ViTModel(config).eval()  # with a pooler, as older files have one
+    torch.nn.init.normal_(model.layernorm.weight)
+    model.save_pretrained(tmp_path)
+    means = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    published = {"feature_extractor_type": "ViTFeatureExtractor", "do_resize": True, "size": 56, "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**published, "do_normalize": True, **means}))
+    encoder = _dino_encoder(str(tmp_path), "cpu")
+    assert encoder.side == 56 and encoder.colour == pytest.approx(means["image_mean"])
+    pixels = torch.rand(2, 3, 56, 56)
+    mean, std = (torch.tensor(means[name])[:, None, None] for name in ("image_mean", "image_std"))
+    with torch.no_grad():
+        states = model((pixels - mean) / std, output_hidden_states=True).hidden_states[-1]
+        found = encoder.embed(pixels)
+    torch.testing.assert_close(found, model.layernorm(states)[:, 0])
+    assert not torch.allclose(found, states[:, 0], atol=0.1)
+
+
+def test_other_models_than_dino_are_refused(tmp_path):
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="clip_vision_model"):
+        _dino_encoder(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "none of them"}))
+    with pytest.raises(CheckpointError, match="cannot be loaded as DINO"):
+        _dino_encoder(str(tmp_path), "cpu")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        _dino_encoder(str(tmp_path / "nothing"), "cpu")
+
+
+def test_public_models_are_compared_by_the_first_dino():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(["--learned", "a", "--data", "b", "--out", "c"]).dino == "facebook/dino-vits16"

@@ -23,9 +23,10 @@ from objectcompose.evaluation.attention_iou import (
 from objectcompose.evaluation.map_iou import measure_maps
 from objectcompose.evaluation.prompt_lists import stable_number
 from objectcompose.processes import process_state
-from objectcompose.training.grounded_captions import CaptionSample, write_records
+from objectcompose.training.grounded_captions import CaptionSample
 from tests.grounding import helpers
 from tests.pipelines.helpers import compose_pipeline
+from tests.training.captions_data import write_records
 
 
 LAYERS = r"^(mid_block|up_blocks)\..*attn2$"

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor
 
 from objectcompose.adapters.base_identity import identify_base
 from objectcompose.adapters.locref_adapter import LocRefAdapter
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import (
     CheckpointError,
     LayoutError,
@@ -43,7 +43,6 @@ from objectcompose.examples.app_scene import (
 )
 from objectcompose.layout import Layout, SceneObject, load_layout
 from objectcompose.toybox import weights
-from objectcompose.training.export import DELTA_NAME
 from tests.pipelines.helpers import compose_pipeline
 from tests.pipelines.object_prompt_helpers import object_picture, prompt_adapter
 from tests.tiny import TEXT_WIDTH, tiny_image_encoder, tiny_unet

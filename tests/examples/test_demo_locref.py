@@ -11,7 +11,7 @@ import torch
 
 from objectcompose.examples.demo_locref import DEMO_RUNS, LOCREF_SCENES, demo_objects, locref_row, mirrored
 from objectcompose.examples.gallery import save_gallery
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.judge import Judge
 

@@ -10,7 +10,7 @@ import torch
 
 from objectcompose.examples.demo_mifo import DEMO_RUNS, instance_pipeline, mifo_row
 from objectcompose.examples.gallery import save_gallery
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.toybox.judge import Judge
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from objectcompose.examples.demo_object_prompt import DEMO_RUNS, object_prompt_row
 from objectcompose.examples.gallery import save_gallery
-from objectcompose.pipelines.generate import load_checkpoint
+from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.toybox.judge import Judge
 
 

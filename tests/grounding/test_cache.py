@@ -73,6 +73,16 @@ def test_key_holds_all_that_matters(tmp_path):
     assert len({one.identity() for one in (base, nudged, stricter, refined)}) == 4
 
 
+def test_a_setting_that_changes_later_is_another_key(tmp_path):
+    base = counting_grounder(tmp_path)
+    ask, before = (helpers.picture(), PHRASES, "skip"), base.identity()
+    found = base.ground(*ask)
+    base.detector.threshold = 0.999
+    assert base.identity() != before and not base.ground(*ask) and base.detector.seen == 2
+    base.detector.threshold = 0.45
+    assert base.identity() == before and len(base.ground(*ask)) == len(found) > 0 and base.detector.seen == 2
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

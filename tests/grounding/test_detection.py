@@ -12,10 +12,9 @@ from objectcompose.grounding.detection import (
     box_within_picture,
     detections_to_layout,
     merge_detections,
-    prompt_of_phrases,
     sorted_detections,
 )
-from objectcompose.layout import load_layout, save_layout
+from objectcompose.layout import load_layout, prompt_of_phrases, save_layout
 
 
 def mask_with(rows: slice, columns: slice) -> torch.Tensor:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from objectcompose.__main__ import COMMANDS
+from objectcompose.__main__ import COMMANDS, main
+from objectcompose.adapters.folders import KNOWN_MIRRORS
+from objectcompose.command_help import attributes_help, examples_epilog
+from objectcompose.evaluation.command import COMMANDS as METRICS
+from objectcompose.training.mifo_losses import MIFOLossOptions
 
 
 ROOT = Path(__file__).parents[2]
@@ -19,13 +23,26 @@ SHORT = ["--max_train_steps", "2"]
 SHORT_OF = {"learn_mifo": ["--stage2_steps", "1", "--reward_steps", "1"], "train_separate_enhance": []}
 
 
+TRAINERS = ("train_token_compose", "train_separate_enhance", "train_locref", "train_object_prompt", "learn_mifo")
+#: Modules whose help ends in examples, by how they are called.
+EXAMPLES = {
+    **{f"objectcompose {name}": module for name, module in COMMANDS.items() if name != "evaluate"},
+    **{f"objectcompose evaluate {name}": module for name, module in METRICS.items()},
+    **{f"objectcompose.training.{name}": f"objectcompose.training.{name}" for name in TRAINERS},
+}
+
+
 def commands_of(page):
     """Words of each command in a page's shell blocks, without comments; `...` stands for more, and is no command."""
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words and "..." not in words:
-                yield words
+        yield from commands_in(block)
+
+
+def commands_in(block):
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and "..." not in words:
+            yield words
 
 
 def module_of(words):
@@ -62,6 +79,38 @@ def test_commands_exist_with_these_options(page):
         check(words)
 
 
+@pytest.mark.parametrize(("called", "module"), EXAMPLES.items(), ids=list(EXAMPLES))
+def test_help_ends_in_examples_that_exist(called, module, capsys):
+    epilog = examples_epilog(import_module(module).__doc__)
+    found = list(commands_in(epilog.partition("\n")[2]))
+    assert any(called in " ".join(words) for words in found)
+    assert not any(gone in epilog for gone in KNOWN_MIRRORS)
+    for words in found:
+        check(words)
+    with pytest.raises(SystemExit):
+        if called.startswith("objectcompose."):
+            import_module(module).create_parser().parse_args(["--help"])
+        else:
+            main([*called.split()[1:], "--help"])
+    shown = capsys.readouterr().out
+    assert shown.endswith(epilog + "\n") and "see " not in shown.replace("see the", "").replace("see those", "")
+
+
+@pytest.mark.parametrize(("arguments", "modules"), [([], COMMANDS), (["evaluate"], METRICS)])
+def test_the_overview_says_what_each_command_does(arguments, modules, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    shown = capsys.readouterr().out
+    assert all(re.search(f"  {name} +{re.escape(import_module(one).HELP)}\n", shown) for name, one in modules.items())
+
+
+def test_help_of_options_is_that_of_their_attributes():
+    texts = attributes_help(MIFOLossOptions)
+    assert set(texts) == set(MIFOLossOptions.__dataclass_fields__)
+    assert texts["reward_steps"] == "n0, steps with the reward; the penalty follows"
+    assert texts["latent_mask"].endswith('as the authors\' code ("nearest")')  # on two lines
+
+
 def test_a_wrong_option_is_found():
     with pytest.raises(SystemExit):
         check(shlex.split("python -m objectcompose.training.train_locref --no_such_option 1"))
@@ -89,6 +138,4 @@ def test_toybox_trainings_run_as_they_stand(name, arguments, tmp_path, monkeypat
 
 
 def test_all_trainers_have_a_command():
-    assert {name for name, _ in toybox_trainings()} == {
-        "train_token_compose", "train_separate_enhance", "train_locref", "train_object_prompt", "learn_mifo"
-    }  # fmt: skip
+    assert {name for name, _ in toybox_trainings()} == set(TRAINERS)

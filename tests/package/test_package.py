@@ -21,7 +21,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 # a room imports only from rooms to its left; grounding, whose ground truth toybox is, stands just behind it
 LEFT_TO_RIGHT = [
     {"errors"},
-    {"files", "checkout", "processes"},
+    {"command_help", "files", "checkout", "processes"},
     {"layout_fields"},
     {"layout"},
     {"attention_processors"},

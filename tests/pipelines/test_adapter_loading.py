@@ -12,6 +12,7 @@ from objectcompose.adapters.layer_adapter import LayerAdapter
 from objectcompose.errors import CheckpointError, CheckpointFileError
 from tests.package.pipeline_layer_branch import LayerBranchPipeline
 from tests.pipelines.helpers import quiet, sample
+from tests.pipelines.locref_helpers import locref
 from tests.tiny import TEXT_WIDTH, tiny_components, tiny_unet
 
 
@@ -74,6 +75,19 @@ def test_an_adapter_for_another_base_is_refused_and_changes_nothing(folders):
         LayerBranchPipeline.from_pretrained(
             folders / "base", adapter=LayerAdapter.from_pretrained(folders / "foreign")
         )
+
+
+@pytest.mark.parametrize("kind", ["LayerAdapter", "int", "NoneType"])
+def test_what_is_no_adapter_of_the_method_is_refused(kind):
+    pipeline = locref()
+    wrong = {"LayerAdapter": LayerAdapter.from_unet(pipeline.unet), "int": 5, "NoneType": None}[kind]
+    before = pipeline.adapter
+    with pytest.raises(CheckpointError, match="`adapter` must be .*, got (LayerAdapter|int|None)"):
+        pipeline.load_adapter(wrong)
+    assert pipeline.adapter is before
+    if wrong is not None:
+        with pytest.raises(CheckpointError, match=f"`adapter` must be a LocRefAdapter, got {kind}"):
+            locref(adapter=wrong)
 
 
 def test_it_is_refused_once_offloading_is_enabled(folders):

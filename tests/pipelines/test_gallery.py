@@ -79,7 +79,7 @@ def test_demo_writes_gallery_and_report(tmp_path):
     report = run_demo(pipeline, DogJudge(), tuning, scenes, tmp_path, steps=2, tuned_scenes=(1,), methods=[method])
     assert all(torch.equal(value, before[name]) for name, value in pipeline.unet.named_parameters())
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.png", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.png", "overview.png", "report.json"]
     assert report["all_objects_found"] == {"1": 1.0, "2": 0.0}
     assert report["pictures"].pop() == {"weights": "more", "seed": DEMO_SEEDS[0], "steps": 2}
     assert [entry["seed"] for entry in report["pictures"]] == [*DEMO_SEEDS] * 3

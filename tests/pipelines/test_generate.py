@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,17 +10,25 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPImageProcessor
 
 from objectcompose.__main__ import main
+from objectcompose.adapters.base_identity import identify_base
 from objectcompose.adapters.locref_adapter import LocRefAdapter
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.layout import Layout, SceneObject, save_layout
+from objectcompose.pipelines.model_arguments import steps_and_guidance
 from objectcompose.pipelines.pipeline_locref import LocRefPipeline
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 from tests.pipelines.helpers import compose_pipeline, quiet, sample, seeded
 from tests.pipelines.object_prompt_helpers import object_picture, prompt_adapter
-from tests.tiny import tiny_components, tiny_image_encoder, tiny_unet
+from tests.tiny import TEXT_WIDTH, tiny_components, tiny_image_encoder, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,7 @@ def generate(checkpoint, out, *arguments):
 
 def test_prompt_to_png(checkpoint, tmp_path, capsys):
     out = tmp_path / "deep" / "dog.png"
-    assert generate(checkpoint, out, "--prompt", "a dog", "--seed", "3", "--guidance", "4") == 0
+    assert generate(checkpoint, out, "--prompt", "a dog", "--seed", "3", "--guidance-scale", "4") == 0
     assert capsys.readouterr().out.split() == [str(out)]
     expected = sample(
         compose_pipeline(), "a dog", generator=[seeded(3)], guidance_scale=4.0, output_type="pil"
@@ -82,6 +91,10 @@ def test_processes_share_the_pictures(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt", "a dog", "--unet", "./nowhere"], "--unet"),
+        (["--prompt", "a dog", "--delta", "./nowhere"], "nowhere"),
+        (["--prompt", "a dog", "--lora", "./nowhere"], "nowhere"),
+        (["--prompt", "a dog", "--instances", "./nowhere"], "embeddings/*.safetensors"),
         (["--prompt", "a dog", "--phrase", "zebra"], "zebra"),
         (["--prompt", "a dog", "--attention"], "--phrase"),
         (["--prompt", "a dog", "--num-images", "0"], "--num-images"),
@@ -112,6 +125,44 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, monkeypatch
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_what_was_trained_on_top_changes_the_picture(checkpoint, tmp_path):
+    """The options that `evaluate` has, too; a delta is what its UNet is."""
+    pipeline = compose_pipeline()
+    made_for = identify_base(pipeline.unet)
+    before = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(1.5)
+    pipeline.unet.save_pretrained(tmp_path / "weights" / "unet")
+    delta = UNetDelta.between(before, dict(pipeline.unet.named_parameters()), made_for, dtype=torch.float32)
+    delta.save(tmp_path / DELTA_NAME)
+    unet = compose_pipeline().unet
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), "default")
+    layers = get_peft_model_state_dict(unet, adapter_name="default")
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="lora.safetensors")
+    (tmp_path / "learned" / "embeddings").mkdir(parents=True)
+    vector = torch.ones(1, TEXT_WIDTH)
+    save_file({"<asset0>": vector}, tmp_path / "learned" / "embeddings" / "asset0.safetensors")
+    made = {}
+    for name, extra in {
+        "base": [],
+        "unet": ["--unet", str(tmp_path / "weights")],
+        "delta": ["--delta", str(tmp_path)],
+        "lora": ["--lora", str(tmp_path / "lora.safetensors")],
+        "instances": ["--instances", str(tmp_path / "learned")],
+        "dtype": ["--dtype", "bfloat16"],
+    }.items():
+        assert generate(checkpoint, tmp_path / f"{name}.png", "--prompt", "a <asset0>", *extra) == 0
+        made[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert made.pop("unet") == made["delta"] and len(set(made.values())) == 5
+
+
+def test_steps_and_guidance_are_the_models():
+    given = {"model": None, "steps": None, "guidance_scale": None}
+    assert steps_and_guidance(argparse.Namespace(**given)) == (20, 5.0)
+    assert steps_and_guidance(argparse.Namespace(**{**given, "model": "owner/model"})) == (50, 7.5)
+    assert steps_and_guidance(argparse.Namespace(**{**given, "steps": 3, "guidance_scale": 0.0})) == (3, 0.0)
+
+
 def test_broken_checkpoints_are_named(checkpoint, tmp_path, capsys):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert generate(tmp_path, tmp_path / "out.png", "--prompt", "a dog") == 2
@@ -128,7 +179,7 @@ def test_references_of_a_layout(checkpoint, tmp_path):
     objects = (SceneObject(image=Image.new("RGB", (9, 9), "red"), box=(0, 0, 0.5, 1)),)
     save_layout(Layout("a dog", objects), tmp_path / "scene.json")
     parts = ["--adapter", str(tmp_path / "adapter"), "--image-encoder", str(tmp_path / "encoder")]
-    arguments = ["--pipeline", "locref", "--layout", str(tmp_path / "scene.json"), "--guidance", "4"]
+    arguments = ["--pipeline", "locref", "--layout", str(tmp_path / "scene.json"), "--guidance-scale", "4"]
     assert generate(checkpoint, tmp_path / "out.png", *arguments, *parts) == 0
     pipeline = quiet(LocRefPipeline(**{**tiny_components(), "image_encoder": encoder, "adapter": adapter}))
     call = {"generator": [seeded()], "guidance_scale": 4.0, "output_type": "pil"}
@@ -155,7 +206,14 @@ def test_pictures_of_objects_on_the_command_line(checkpoint, tmp_path, capsys):
     files = [tmp_path / f"{seed}.png" for seed in range(2)]
     for seed, file in enumerate(files):
         object_picture(seed).save(file)
-    parts = ["--adapter", str(tmp_path / "adapter"), "--image-encoder", str(tmp_path / "encoder"), "--guidance", "4"]
+    parts = [
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--image-encoder",
+        str(tmp_path / "encoder"),
+        "--guidance-scale",
+        "4",
+    ]
     pictures = [word for file in files for word in ("--object", str(file))]
     arguments = ["--pipeline", "object-prompt", "--prompt", "a dog", *pictures, *parts]
     assert generate(checkpoint, tmp_path / "out.png", *arguments) == 0

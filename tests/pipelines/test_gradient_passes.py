@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 from objectcompose.errors import ObjectComposeError
 from objectcompose.layout import SceneObject
@@ -142,3 +143,39 @@ def test_boxes_that_do_not_act_ask_for_no_gradients():
         for arguments in ({"objects": []}, {"objects": BOXES, "use_box_control": False}):
             found = sample(pipeline, PROMPT, **arguments).images
             assert torch.equal(found, sample(pipeline, PROMPT, generator=seeded()).images)
+
+
+# ---- weights that change around a forward pass
+
+
+def offload_in_blocks(model):
+    apply_group_offloading(
+        model,
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+    )
+
+
+def store_in_float8(model):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("change", [offload_in_blocks, store_in_float8])
+@pytest.mark.parametrize(
+    ("name", "component"), [("mifo", "unet"), ("object_prompt", "unet"), ("object_prompt", "vae")]
+)
+def test_gradients_through_weights_that_change_are_refused(name, component, change):
+    build, call = METHODS[name]
+    pipeline = build()
+    change(getattr(pipeline, component))
+    argument = "refinement_steps" if name == "object_prompt" else "guided_steps"
+    refused(call, pipeline, ObjectComposeError, f"`{argument}` needs gradients through `{component}`.*{argument}=0")
+    assert torch.isfinite(call(pipeline, takes_gradients=False).images).all()
+
+
+def test_an_adapter_that_runs_in_parts_is_not_offloaded_in_blocks():
+    pipeline = prompt_pipeline()
+    offload_in_blocks(pipeline.adapter)
+    refused(guided, pipeline, ObjectComposeError, "`adapter` .*exclude_modules")

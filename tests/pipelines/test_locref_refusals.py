@@ -39,10 +39,14 @@ def refuses(pipeline, error, message, objects, **arguments):
 @pytest.mark.parametrize(
     ("objects", "error", "message"),
     [
-        ([{"image": DOG.image}], MissingFieldError, r"`box`.*objects\[0\]"),
+        (
+            [{"image": DOG.image}],
+            MissingFieldError,
+            r"LocRefPipeline needs `box` of every object with `image`; objects\[0\]",
+        ),
         ([{"image": DOG.image, "mask": torch.ones(4, 4)}], MissingFieldError, r"`box`.*objects\[0\]"),
-        ([{"box": DOG.box}], MissingFieldError, r"`image`, or a `phrase`.*objects\[0\]"),
-        ([DOG] * 21, ObjectComposeError, "at most 20 objects per prompt, got 21"),
+        ([{"box": DOG.box}], MissingFieldError, r"LocRefPipeline needs `image` or `phrase` or `token` .*objects\[0\]"),
+        ([DOG] * 21, LayoutError, "at most 20 objects per prompt, got 21"),
         ([{"image": DOG.image, "box": (0.5, 0.2, 0.5, 0.9)}], LayoutError, "x0 < x1"),
         ([{"image": DOG.image, "box": (0.5, 0.2, 1.2, 0.9)}], LayoutError, r"\[0, 1\]"),
         ([{"image": "nowhere.png", "box": DOG.box}], ImageInputError, "nowhere.png"),
@@ -63,6 +67,20 @@ def test_strengths_that_are_no_numbers_are_refused(shared):
     refuses(shared, ObjectComposeError, "`ci_scale` must be a number, got '1'", [DOG], ci_scale="1")
 
 
+@pytest.mark.parametrize("name", ["region_mask", "null_references"])
+def test_switches_are_true_or_false(shared, name):
+    refuses(shared, ObjectComposeError, f"`{name}` must be True or False, got 'no'", [DOG], **{name: "no"})
+
+
+@pytest.mark.parametrize("objects", [None, [], [{"phrase": "dog"}]])
+@pytest.mark.parametrize(
+    "option", [{"ci_scale": 0.5}, {"gamma": 0.0}, {"region_mask": True}, {"null_references": True}]
+)
+def test_options_without_references_are_refused(shared, objects, option):
+    [name] = option
+    refuses(shared, ObjectComposeError, f"`{name}` needs `objects` with an `image`, got none", objects, **option)
+
+
 def test_more_boxes_than_the_finest_grid_holds_are_refused(shared):
     refuses(shared, RegionError, "17 regions", [SceneObject(image=DOG.image, box=DOG.box)] * 17, height=8, width=8)
 
@@ -71,7 +89,9 @@ def test_components_that_are_missing_or_do_not_fit_are_refused():
     refuses(locref(adapter=None), CheckpointError, "`adapter` is needed.*load_adapter", [DOG])
     refuses(locref(image_encoder=None), CheckpointError, "`image_encoder` is needed", [DOG])
     wide = locref({"image_encoder": None})  # for the encoder of IP-Adapter
-    refuses(wide, CheckpointError, r"width 1280 \(pooled\), got one that gives 10", [DOG])
+    refuses(
+        wide, CheckpointError, r"widths {'hidden_size': 1280} that `adapter` reads, got {'hidden_size': 10}", [DOG]
+    )
     refuses(locref(adapter=None), ObjectComposeError, "`return_composite=True`", None, return_composite=True)
     coordinates = locref({"composite": "coordinates"})
     refuses(coordinates, ObjectComposeError, "`return_composite=True`", [DOG], return_composite=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 
 from benchmarks.naive_box_control import NaiveBoxControl, naive_sampling
 from objectcompose.__main__ import main
@@ -54,10 +54,10 @@ def learn(pipeline, **vectors):
     return pipeline
 
 
-def subjects_of(tokenizer, prompt, objects):
+def subjects_of(tokenizer, prompt, objects, filtered_words=None):
     items = [SceneObject(**item) for item in objects]
     placed = place_phrases(tokenizer, prompt, items, (32, 32), ("phrase",), "test")[0]
-    return prompt_subjects(tokenizer, prompt, items, placed)
+    return prompt_subjects(tokenizer, prompt, items, placed, filtered_words)
 
 
 # ---- what is found in a prompt
@@ -98,6 +98,86 @@ def test_placeholders_of_several_vectors_and_ordinary_words_mix():
     assert torch.isfinite(output.images).all()
     assert [item.label for item in output.objects[0]] == ["<asset0>", "a red <asset1>", "cup"]
     assert all(item.unused == () for item in output.objects[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "hidden", "tokens"),
+    [
+        ([], (), (4, 5)),
+        (["Photo of", "a", "cat"], (1, 2, 3, 4, 7), (5,)),
+        (("corgi", "dog", "<asset0>"), (5, 8, 9), (4,)),
+        ({"a dog"}, (), (4, 5)),
+    ],
+)
+def test_words_that_no_cell_sees_can_be_named(words, hidden, tokens):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens("<asset0>")
+    #                    0=start 1=a 2=photo 3=of 4=a 5=dog 6=and 7=a 8,9=corgi 10=end
+    found = subjects_of(tokenizer, PROMPT, [{"phrase": "a dog"}], words)
+    assert found.filtered_indices == hidden and found.token_indices == (tokens,)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "two dogs on the table"])
+def test_the_built_in_words_are_the_default(prompt):
+    pipeline, dog = mifo_pipeline(), [{"phrase": "dog", "box": LEFT}]
+    images = [
+        paint(pipeline, prompt, dog, box_control={**BRIEF, "filtered_words": words})
+        for words in (None, ["a", "of", "and", "two", "on", "the"], [])
+    ]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+# ---- several subjects of one word
+
+PAIR = [{"phrase": "dogs", "box": LEFT}, {"phrase": "dogs", "box": RIGHT}]
+TWO_DOGS = "a photo of two dogs"
+
+
+def test_objects_of_one_phrase_share_its_last_place():
+    objects = [{"phrase": "dog"}, {"phrase": "cup"}, {"phrase": "dog"}, {"phrase": "dog"}]
+    items = [SceneObject(**item) for item in objects]
+    prompt = "a dog and a cup and the dogs"
+    placed = place_phrases(tiny_tokenizer(), prompt, items, (32, 32), ("phrase",), "test", may_share=True)[0]
+    assert [item.label for item in placed] == ["dog", "cup", "dog #2", "dog #3"]
+    found = prompt_subjects(tiny_tokenizer(), prompt, items, placed)
+    assert found.token_indices == ((2,), (5,), (8,), (8,)) and found.leading_indices == (2, 5, 8, 8)
+    assert found.filtered_indices == (1, 3, 4, 6, 7)
+
+
+def test_each_box_of_a_shared_word_acts():
+    pipeline, arguments = mifo_pipeline(), {"box_control": {**BRIEF, "refine": True, "refine_start": 1, "restarts": 2}}
+    expected = paint(pipeline, TWO_DOGS, PAIR, **arguments)
+    assert torch.isfinite(expected).all()
+    for moved in range(2):
+        objects = [dict(item) for item in PAIR]
+        objects[moved]["box"] = (0.25 + 0.25 * moved, 0.5, 0.5 + 0.25 * moved, 0.9)
+        assert not torch.equal(paint(pipeline, TWO_DOGS, objects, **arguments), expected)
+    assert not torch.equal(paint(pipeline, TWO_DOGS, PAIR[:1], **arguments), expected)
+
+
+def test_a_shared_word_in_a_batch_is_as_alone():
+    pipeline = mifo_pipeline()
+    arguments = {"box_control": {**BRIEF, "refine": True, "refine_start": 1, "restarts": 2}}
+    prompts, objects = [PROMPT, TWO_DOGS], [DOG_AND_CORGI, PAIR]
+    both = paint(pipeline, prompts, objects, generator=generators(2), **arguments)
+    for row in range(2):
+        alone = paint(pipeline, prompts[row], objects[row], generator=generators(1, row + 1)[0], **arguments)
+        torch.testing.assert_close(both[row], alone[0], atol=1e-4, rtol=0)
+
+
+def test_maps_and_labels_of_a_shared_word():
+    output = mifo_pipeline()(
+        TWO_DOGS, objects=PAIR, num_inference_steps=2, output_type="latent", box_control=BRIEF, return_attention=True
+    )
+    first, second = output.objects[0]
+    assert (first.label, second.label) == ("dogs", "dogs #2")
+    assert first.token_indices == second.token_indices == (5,) and (first.box, second.box) == (LEFT, RIGHT)
+
+
+def test_other_pipelines_want_a_place_for_each():
+    for pipeline in (compose_pipeline(), quiet(LocRefPipeline(**ROWS["locref"].components()))):
+        with pytest.raises(PhraseNotFoundError, match="2 time"):
+            pipeline(TWO_DOGS, objects=PAIR, num_inference_steps=1)
 
 
 # ---- what it does
@@ -275,7 +355,8 @@ def test_foreign_parts_do_not_change_what_guidance_reads(monkeypatch):
             "'dog' and 'corgi'.*overlap",
         ),
         ([{"phrase": "dog", "box": (0, 0, 2, 1)}], LayoutError, r"\[0, 1\]"),
-        ([{"phrase": "dog", "box": LEFT}] * 2, PhraseNotFoundError, "2 time"),
+        ([{"phrase": "dog", "box": LEFT}] * 2, RegionError, "'dog' and 'dog #2'.*overlap"),
+        ([{"phrase": "cat", "box": LEFT}, {"phrase": "cat", "box": RIGHT}], PhraseNotFoundError, "1 time.*found 0"),
         ([{"phrase": "dog", "mask": torch.ones(4, 8)}], RegionError, "proportions"),
         ("dog", LayoutError, "list of objects"),
     ],
@@ -313,6 +394,7 @@ def test_more_objects_than_the_grid_tells_apart_are_refused():
         ({"box_control": {"iterations": 0}}, ObjectComposeError, "iterations"),
         ({"box_control": {"restarts": 0}}, ObjectComposeError, "restarts"),
         ({"box_control": 3}, ObjectComposeError, "options"),
+        ({"box_control": {"filtered_words": "of"}}, ObjectComposeError, "filtered_words.*'of'"),
         ({"loss_layers": "attn7"}, LayerNotFoundError, "attn7"),
         ({"map_layers": r"up_blocks\.[12].*"}, RegionError, "one grid"),
         ({"map_layers": r"up_blocks\.2.*", "height": 80, "width": 80, "box_control": None}, RegionError, "1024"),
@@ -363,3 +445,25 @@ def test_the_command_paints_a_layout(tmp_path, capsys):
     save_layout(Layout(PROMPT, (items[0], SceneObject(phrase="corgi"))), tmp_path / "no_box.json")
     assert main([*common, "--layout", str(tmp_path / "no_box.json"), "--out", str(tmp_path / "none.png")]) == 2
     assert "`box` or `mask`" in capsys.readouterr().err and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("objects", "kept"),
+    [
+        (DOG_AND_CORGI, [False, False, True, True]),
+        ([{"phrase": "dog", "box": (0, 0, 1, 1)}], [False, True, True, True]),
+    ],
+)
+def test_a_corrector_does_not_take_guidance_back(objects, kept):
+    """UniPC does its last step anew from older latents, unless these were moved."""
+    pipeline = mifo_pipeline(scheduler=UniPCMultistepScheduler.from_config(tiny_components()["scheduler"].config))
+    seen, predict = [], pipeline.predict_noise
+
+    def watched(state, timestep):
+        seen.append(pipeline.scheduler.last_sample is not None)
+        return predict(state, timestep)
+
+    pipeline.predict_noise = watched
+    control = {"guided_steps": 2, "iterations": 1, "refine": False, "stop_below": 0.0}
+    paint(pipeline, objects=objects, num_inference_steps=4, box_control=control)
+    assert seen == kept

@@ -53,6 +53,22 @@ def test_objects_change_the_picture_and_strength_zero_does_not():
     assert torch.equal(sample(pipeline, objects=None).images, expected)
 
 
+@pytest.mark.parametrize("run", [sample, guided])
+def test_scale_0_is_an_object_that_is_not_there(run):
+    pipeline = prompt_pipeline()
+    dog, cup = two_objects()
+    off = {**dog, "scale": 0.0}
+    output = run(pipeline, objects=[off, cup])
+    assert torch.equal(output.images, run(pipeline, objects=[cup]).images)
+    assert [item.phrase for item in output.objects[0]] == ["dog", "cup"] and output.objects[0][0].matched is None
+    assert output.objects[0][1].matched == (True if run is guided else None)
+    seeds = [[torch.Generator().manual_seed(seed) for seed in range(2)] for _ in range(2)]
+    both = run(pipeline, prompt=[PROMPT] * 2, objects=[[off], [cup, off]], generator=seeds[0])
+    expected = run(pipeline, prompt=[PROMPT] * 2, objects=[[], [cup]], generator=seeds[1])
+    assert torch.equal(both.images, expected.images)
+    assert close(both.images[:1], plain_images(pipeline)), "a prompt without objects is the plain pipeline's"
+
+
 def test_what_is_kept_between_calls_goes_with_the_models():
     pipeline = prompt_pipeline()
     expected = sample(pipeline).images
@@ -189,8 +205,7 @@ def test_what_the_refusals_watch_is_every_model():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"objects": []}, LayoutError, "1 to 6 objects for each prompt, got 0"),
-        ({"objects": [{"image": object_picture(0)}] * 7}, LayoutError, "1 to 6 objects for each prompt, got 7"),
+        ({"objects": [{"image": object_picture(0)}] * 7}, LayoutError, "at most 6 objects per prompt, got 7"),
         ({"objects": [{"phrase": "dog"}]}, MissingFieldError, "ObjectPromptPipeline needs `image`"),
         ({"objects": [{"image": "no/such.png"}]}, ImageInputError, "no/such.png"),
         ({"objects": [{"image": object_picture(0), "phrase": "dragon"}]}, PhraseNotFoundError, "dragon"),
@@ -199,6 +214,7 @@ def test_what_the_refusals_watch_is_every_model():
         ({"background": Image.new("RGBA", (9, 9))}, ImageInputError, "`background`.* alpha channel that is 0"),
         ({"background": [None, None]}, LayoutError, "`background` must hold one picture .* 1 prompts, got 2"),
         ({"objects": None, "background": object_picture(0)}, MissingFieldError, "`background` needs `objects`"),
+        ({"objects": [], "background": object_picture(0)}, MissingFieldError, "`background` needs `objects`"),
         ({"objects": None, "compositional_guidance": True}, MissingFieldError, "`compositional_guidance` needs"),
         ({"mode": "fast"}, ObjectComposeError, "`mode` needs `compositional_guidance=True`"),
         ({"segmenter": HalvesSegmenter()}, ObjectComposeError, "`segmenter` needs `compositional_guidance=True`"),
@@ -228,18 +244,23 @@ def test_bad_guidance(change, words):
 
 
 def test_bad_components():
-    refused(sample, prompt_pipeline(adapter=None), CheckpointError, "needs an `adapter`")
+    refused(sample, prompt_pipeline(adapter=None), CheckpointError, "`adapter` is needed.*load_adapter")
     refused(sample, prompt_pipeline(image_encoder=None), CheckpointError, "`image_encoder` is needed")
     refused(guided, prompt_pipeline(dino=None), CheckpointError, "`dino` is needed")
-    refused(guided, prompt_pipeline(vae=None), CheckpointError, "`vae` is needed")
+    words = "`vae` is needed for `compositional_guidance=True`"
+    refused(guided, prompt_pipeline(vae=None), CheckpointError, words, output_type="latent")
     finer = AutoencoderTiny(num_encoder_blocks=(1,), num_decoder_blocks=(1,), encoder_block_out_channels=(8,),
                             decoder_block_out_channels=(8,))  # fmt: skip
+    words = "`vae` is needed for `output_type` 'pt', got None"
+    refused(sample, prompt_pipeline(vae=None), CheckpointError, words)
     words = r"`tiny_vae` .* 4 channels, 2 pixels per cell, got \(4, 1\)"
     refused(guided, prompt_pipeline(tiny_vae=finer), CheckpointError, words)
     config = tiny_image_encoder().config
     wider = type(config)(**{**config.to_dict(), "projection_dim": 17})
     pipeline = prompt_pipeline(image_encoder=CLIPVisionModelWithProjection(wider))
-    refused(sample, pipeline, CheckpointError, r"reads an image encoder of widths \(13, 10\).*has \(17, 10\)")
+    refused(
+        sample, pipeline, CheckpointError, "'projection_dim': 13.*that `adapter` reads, got .*'projection_dim': 17"
+    )
     torch.manual_seed(7)
     other = tiny_unet()
     for weight in other.parameters():

@@ -17,7 +17,15 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from tests.pipelines.helpers import CLIP_WIDTH, add_ip_adapter, both_pipelines, ip_embeds, sample, seeded
+from tests.pipelines.helpers import (
+    CLIP_WIDTH,
+    add_ip_adapter,
+    both_pipelines,
+    compose_pipeline,
+    ip_embeds,
+    sample,
+    seeded,
+)
 from tests.tiny import TEXT_WIDTH, tiny_components
 
 
@@ -172,6 +180,18 @@ def test_same_with_textual_inversion():
     assert_same(plain, ours, prompt="a <pet> on the table")
     found = sample(ours, "a <pet> on the table", objects=[{"phrase": "<pet>"}])
     assert found.objects[0][0].token_indices == (2, 3)  # the second vector was written out
+
+
+def test_a_placeholder_that_is_written_out_is_encoded_where_it_is_found():
+    ours, seen = compose_pipeline(), []
+    ours.load_textual_inversion(torch.randn(2, TEXT_WIDTH, generator=seeded(8)), token="<pet>")
+    short, written_out = ("a photo of <pet> and a dog", "a photo of <pet> <pet>_1 and a dog")
+    objects = [{"phrase": "<pet>"}, {"phrase": "dog"}]
+    ours.text_encoder.register_forward_pre_hook(lambda _, ids: seen.append(ids[0][0].tolist()))
+    output = sample(ours, written_out, objects=objects)
+    wanted = [ours.tokenizer.convert_tokens_to_ids(words) for words in (["<pet>", "<pet>_1"], ["dog</w>"])]
+    assert [[seen[0][index] for index in item.token_indices] for item in output.objects[0]] == wanted
+    assert torch.equal(output.images, sample(ours, short, objects=objects).images)
 
 
 def test_half_precision_is_the_same():

@@ -76,6 +76,12 @@ def test_overlays_of_an_output():
     assert all(image.size == (32, 32) for row in overlays for image in row.values())
 
 
+def test_objects_without_a_phrase_have_no_overlay():
+    placed = [[PlacedObject(box=(0, 0, 1, 1)), PlacedObject("dog", "dog", (1,)), PlacedObject(box=(0, 0, 0.5, 1))]]
+    overlays = overlay_output(ComposeOutput([GREY], None, placed, [{"dog": torch.ones(2, 2)}]))
+    assert [list(row) for row in overlays] == [["dog"]]
+
+
 def test_overlays_need_maps_and_pictures():
     with pytest.raises(ObjectComposeError, match="return_attention"):
         overlay_output(ComposeOutput(images=[GREY]))

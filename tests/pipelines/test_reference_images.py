@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import group_offloading
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -163,3 +164,29 @@ def test_half_precision_encoders_read_float_pixels():
     with torch.no_grad():
         features = encode_references(encoder, torch.zeros(1, 3, encoder_side(encoder), encoder_side(encoder)))
     assert features.pooled.dtype == torch.bfloat16 and torch.isfinite(features.grid).all()
+
+
+def test_nothing_is_read_from_an_encoder_that_is_offloaded_again(monkeypatch):
+    encoder, kept = tiny_image_encoder(), {}
+    side = encoder_side(encoder)
+    pixels = torch.randn(2, 3, side, side)
+
+    def take_away(group: group_offloading.ModuleGroup) -> None:
+        for weight in (weight for module in group.modules for weight in module.parameters()):
+            kept.setdefault(weight, weight.data)
+            weight.data = torch.full_like(weight.data, float("nan"))  # what is on another device counts for nothing
+
+    def bring(group: group_offloading.ModuleGroup) -> None:
+        for weight in (weight for module in group.modules for weight in module.parameters()):
+            weight.data = kept.get(weight, weight.data)
+
+    with torch.no_grad():
+        expected = encode_references(encoder, pixels)
+        monkeypatch.setattr(group_offloading.ModuleGroup, "_offload_to_memory", take_away)
+        monkeypatch.setattr(group_offloading.ModuleGroup, "_onload_from_memory", bring)
+        device = torch.device("cpu")
+        group_offloading.apply_group_offloading(encoder, device, device, "block_level", num_blocks_per_group=1)
+        found = encode_references(encoder, pixels)
+    assert kept
+    for name in ("pooled", "embeds", "grid"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -20,6 +20,7 @@ from tests.attention_processors.helpers import random_keys_values
 from tests.pipelines.conformance.rows import BOX_CONTROL, picture
 from tests.pipelines.helpers import processor_ids, sample, seeded
 from tests.pipelines.locref_helpers import locref
+from tests.pipelines.refusals import refused, watched_models
 from tests.tiny import TEXT_WIDTH
 
 
@@ -143,10 +144,10 @@ def test_an_exception_in_the_middle_leaves_no_trace(pipeline, delta, chosen):
 def test_conflicts_are_refused(pipeline, delta):
     cross = match_layers(pipeline.unet, "mid_block", kind="cross")
     replacing = Branch(random_keys_values(pipeline.unet, cross, 1, 2), mode="replace")
-    with pytest.raises(PartConflictError, match="one cell"):
+    with watched_models(pipeline) as ran, pytest.raises(PartConflictError, match="one cell"):
         compose(pipeline, delta, CONTRIBUTIONS[:3], parts=[replacing, TokenMapProbe([1])])
-    with pytest.raises(PhraseNotFoundError, match="<other>"):
-        objects = [{"token": "<other>", "box": LEFT}]
-        sample(pipeline, PROMPT, objects=REFERENCES, parts=[MIFOBoxControl(objects)])
+    assert "unet" not in ran
+    control = MIFOBoxControl([{"token": "<other>", "box": LEFT}])
+    refused(sample, pipeline, PhraseNotFoundError, "<other>", prompt=PROMPT, objects=REFERENCES, parts=[control])
     with attached(delta, pipeline.unet), pytest.raises(CheckpointError, match="already attached"):
         delta.attach(pipeline.unet)

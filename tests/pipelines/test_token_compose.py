@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from objectcompose.attention_processors.probe import TokenMapProbe
+from objectcompose.attention_processors.regions import token_grid
 from objectcompose.errors import (
     LayerNotFoundError,
     LayoutError,
@@ -20,7 +21,6 @@ from objectcompose.errors import (
     PromptTooLongError,
 )
 from objectcompose.layout import SceneObject
-from objectcompose.pipelines.attention_maps import token_grid
 from objectcompose.pipelines.pipeline_token_compose import TokenComposePipeline
 from tests.pipelines.helpers import (
     add_ip_adapter,

@@ -6,12 +6,14 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -20,16 +22,17 @@ from transformers import (
     Dinov2Model,
 )
 
-from objectcompose.adapters.unet_delta import UNetDelta
+from objectcompose.adapters.unet_delta import DELTA_NAME, UNetDelta
 from objectcompose.errors import CheckpointError
 from objectcompose.evaluation import toybox_figures
+from objectcompose.evaluation.composition_scorer import CompositionScorer
+from objectcompose.files import write_atomically
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.judge import Judge
 from objectcompose.toybox.models import build_vae
 from objectcompose.toybox.scenes import render_references
 from objectcompose.toybox.weights import ENVIRONMENT_VARIABLE, toybox_path
 from objectcompose.training import train_toybox, train_toybox_base, train_toybox_vae
-from objectcompose.training.export import DELTA_NAME
 from objectcompose.training.toybox_data import scene_pool
 from objectcompose.training.toybox_loop import fit
 
@@ -164,6 +167,23 @@ def test_metrics_of_hand_made_rows():
     assert all(metrics[f"{name}.lo"] <= metrics[name] <= metrics[f"{name}.hi"] for name in expected)
 
 
+def test_scenes_are_kept_whole_and_apart(tmp_path):
+    """Files that cannot be read are made again; another world under the same name has its own."""
+    first = scene_pool(CPU, "train", 3, tmp_path, workers=1)
+    [path] = tmp_path.iterdir()  # captions and all
+    content = path.read_bytes()
+    for broken in (content[: len(content) // 2], save({"pixels": first.pixels}, {"captions": "[]"}), b""):
+        write_atomically(path, broken)  # tensors that were read may still map the file
+        again = scene_pool(CPU, "train", 3, tmp_path, workers=1)
+        assert torch.equal(again.pixels, first.pixels) and again.captions == first.captions
+    written = path.stat().st_mtime_ns
+    assert scene_pool(CPU, "train", 3, tmp_path, workers=1).captions == first.captions
+    assert path.stat().st_mtime_ns == written
+    fewer = replace(CPU, categories=CPU.categories[:3])
+    assert set(scene_pool(fewer, "train", 3, tmp_path, workers=1).categories.unique().tolist()) <= {-1, 0, 1, 2}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_resumed_fit_equals_unbroken(tmp_path):
     pool = scene_pool(CPU, "train", 8, tmp_path / "pools", workers=1)
@@ -189,6 +209,23 @@ def test_resumed_fit_equals_unbroken(tmp_path):
     resumed = train(tmp_path / "broken", None)
     for (name, first), second in zip(unbroken.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(first, second), name
+
+
+def test_checkpoints_of_other_options_are_refused(tmp_path):
+    def train(**changes):
+        model = torch.nn.Linear(2, 1)
+        options = {"runs": tmp_path, "steps": 2, "minutes": None, "seed": 0, "batch_size": 3, "compile": False}
+        args = argparse.Namespace(**options | changes)
+        return fit("line", model, lambda step: model(torch.ones(3, 2)).square().mean(), args, lr=1e-3)[1]
+
+    assert train() == 2
+    assert train(minutes=1.0, compile=True) == 2
+    for name, value in {"steps": 3, "seed": 1, "batch_size": 4}.items():
+        with pytest.raises(CheckpointError, match=f"line has checkpoints of another run: {name} is"):
+            train(**{name: value})
+    (tmp_path / "line" / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no `run\.json`"):
+        train()
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +316,17 @@ def test_committed_judge_finds_what_is_there():
     assert sum(agreement) / len(rows) > 0.9
     found = [name in row["found"] for row in rows for name in row["present"]]
     assert sum(found) / len(found) > 0.75  # accuracy alone is flattered by all that is absent
+
+
+@pytest.mark.parametrize("name", ["judge/segmenter", "judge/identity", "dino", "image_encoder"])
+def test_scorers_open_no_pickles(tmp_path, monkeypatch, name):
+    shutil.copytree(committed(name.partition("/")[0]).parent, tmp_path / "world")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "world"))
+    weights = tmp_path / "world" / name / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        CompositionScorer.of_toybox("cpu")
 
 
 @pytest.mark.slow

@@ -1,18 +1,22 @@
 """Checkpoints, exact resume after SIGKILL, logs, data order, card."""
 
+import argparse
 import json
 import random
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from objectcompose.errors import CheckpointError, MissingPackageError, ObjectComposeError
+from objectcompose.processes import process_state
 from objectcompose.training.common import (
     CHECKPOINT_FOLDER,
     Checkpointer,
@@ -28,6 +32,8 @@ from objectcompose.training.common import (
     shuffled_batch,
     start_training,
 )
+from objectcompose.training.loop import add_loop_arguments
+from objectcompose.training.runs import start_run
 from objectcompose.training.trainable import select_trainable
 from tests.tiny import tiny_unet
 
@@ -170,6 +176,49 @@ def test_random_generators_come_back():
     assert first == (random.random(), np.random.rand(3).tolist(), torch.randn(3).tolist())
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate as in a new process; it keeps what the first accelerator was made with."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_launcher_chooses_the_precision_where_the_script_does_not(fresh_accelerate, monkeypatch):
+    script = argparse.ArgumentParser()
+    add_loop_arguments(script)
+
+    def precision(*more: str) -> str:
+        AcceleratorState._reset_state()
+        run = start_run(script.parse_args(["--output_dir", "out", *more]), "script", list(more))
+        assert run.settings["mixed_precision"] == run.accelerator.mixed_precision
+        return run.settings["mixed_precision"]
+
+    assert precision() == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision() == "bf16" and precision("--mixed_precision", "no") == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ObjectComposeError, match="`mixed_precision` must be one of no, fp16, bf16, got 'fp8'"):
+        precision()
+
+
+@pytest.mark.parametrize("start", [lambda: start_training(seed=0, cpu=True), lambda: process_state("cpu")])
+def test_processes_wait_for_one_another_for_hours(start, fresh_accelerate, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*_, **settings):
+        raise Begun(settings["timeout"])
+
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for name, value in told.items():  # as a launcher does
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    with pytest.raises(Begun) as begun:
+        start()
+    assert begun.value.args[0] >= timedelta(hours=12)
+
+
 def test_data_order_covers_each_epoch_once():
     indices = torch.cat([shuffled_batch(step, 11, 4, seed=2) for step in range(11)]).reshape(4, 11)
     for epoch in indices:
@@ -231,6 +280,20 @@ def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
     (tmp_path / "run.json").write_text("[")
     with pytest.raises(CheckpointError, match="run.json` cannot be read"):
         check_same_run(tmp_path, {"script": "a"})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(CheckpointError, match="has checkpoints, but no `run.json`.*Take another folder, or remove"):
+        check_same_run(tmp_path, {"script": "a"})
+
+
+def test_a_run_file_of_before_is_accepted_and_held_to_what_it_lacked(tmp_path):
+    later = {"script": "a", "max_train_steps": 6, "base_digest": "b", "data_digest": "d"}
+    check_same_run(tmp_path, {"script": "a"})
+    Checkpointer(tmp_path / CHECKPOINT_FOLDER).save(3, {"x": torch.ones(1)})
+    check_same_run(tmp_path, later)
+    assert json.loads((tmp_path / "run.json").read_text()) == later
+    for name, value in {"max_train_steps": 7, "data_digest": "e", "base_digest": "f"}.items():
+        with pytest.raises(CheckpointError, match=f"{name} is .* there and {value!r} here"):
+            check_same_run(tmp_path, later | {name: value})
 
 
 def test_extras_that_are_missing_are_named(tmp_path, monkeypatch):

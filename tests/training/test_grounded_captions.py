@@ -10,16 +10,31 @@ import pytest
 import torch
 from PIL import Image
 
-from objectcompose.errors import ImageInputError, LayoutError, ObjectComposeError, PhraseNotFoundError, RegionError
+from objectcompose.errors import (
+    ImageInputError,
+    LayoutError,
+    ObjectComposeError,
+    PhraseNotFoundError,
+    PromptTooLongError,
+    RegionError,
+)
+from objectcompose.layout_fields import shown_value
 from objectcompose.toybox.categories import PRESETS
-from objectcompose.training.caption_encoding import CaptionEncoder, draw_latent, masks_on_grid, stack_targets
+from objectcompose.training.caption_encoding import (
+    CaptionEncoder,
+    check_caption_lengths,
+    draw_latent,
+    masks_on_grid,
+    stack_targets,
+)
 from objectcompose.training.grounded_captions import (
+    CaptionSample,
     GroundedCaptions,
     ToyboxCaptions,
     read_records,
-    write_records,
 )
 from tests.tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
+from tests.training.captions_data import write_records
 
 
 SIZE = (48, 32)  # width, height
@@ -238,6 +253,37 @@ def test_nouns_that_are_not_in_the_caption(root):
         encoder(dataset, on_missing="guess")
     with pytest.raises(ObjectComposeError, match="mask_mode"):
         encoder(dataset, mask_mode="nearest")
+
+
+def test_nouns_that_claim_one_token():
+    """Each has a place of its own where there is one, and else shares its first one."""
+
+    def found(caption, *phrases, **changes):
+        masks = torch.ones(len(phrases), 32, 32)
+        return encoder([], **changes).find_tokens(CaptionSample(torch.zeros(3, 32, 32), caption, phrases, masks))
+
+    shared, apart = "a photo of a teddy bear on a table", "a teddy bear with a bear"
+    assert found(shared, "teddy bear", "bear") == ([0, 1], ((5, 6), (6,)))
+    assert found(shared, "bear", "teddy bear") == ([0, 1], ((6,), (5, 6)))
+    assert found(shared, "bears", "table", "teddy bear") == ([0, 1, 2], ((6,), (9,), (5, 6)))
+    assert found(apart, "bear", "teddy bear") == ([0, 1], ((6,), (2, 3)))
+    assert found(apart, "bear", "wolf", "teddy bear", on_missing="skip") == ([0, 2], ((6,), (2, 3)))
+    with pytest.raises(PhraseNotFoundError, match="wolf"):
+        found(shared, "teddy bear", "bear", "wolf")
+
+
+def test_captions_that_are_cut_are_told_once(caplog):
+    short, longer = "a dog " * 37 + "a", "a dog " * 38  # 77 and 78 tokens
+    assert check_caption_lengths(tiny_tokenizer(), [short] * 3) == 0 and not caplog.records
+    captions = [short, *["a cup"] * 1200, longer, longer]
+    assert check_caption_lengths(tiny_tokenizer(), captions) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"2 of 1203 captions have more than the 77 tokens that the text encoder reads (start and end included), the"
+        f" first one is {shown_value(longer)}. Training goes on without what lies beyond."
+    ]
+    assert check_caption_lengths(tiny_tokenizer(), captions, is_shown=False) == 2 and len(caplog.records) == 1
+    with pytest.raises(PromptTooLongError, match="2 of 1203"):
+        check_caption_lengths(tiny_tokenizer(), captions, "error")
 
 
 def test_small_masks_on_coarse_grids():

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from benchmarks.measure import measuring_unet
 from objectcompose.errors import (
@@ -31,6 +33,7 @@ from objectcompose.pipelines.pipeline_mifo import MIFOPipeline
 from objectcompose.toybox.weights import toybox_path
 from objectcompose.training import learn_mifo
 from objectcompose.training.common import Checkpointer, read_log
+from objectcompose.training.export import loading_line
 from tests.pipelines.helpers import quiet
 from tests.tiny import TEXT_WIDTH, tiny_components
 from tests.training.look_alikes import mask_overlap, two_bears
@@ -93,7 +96,11 @@ def test_both_stages_leave_embeddings_and_a_pipeline(learned, base):
         assert (learned / stage / "validation" / "step-000004.png").is_file()
     assert (learned / "embeddings" / "README.md").is_file() and (learned / "weights" / "README.md").is_file()
 
+    assert loading_line(learned / "weights") == f"MIFOPipeline.from_pretrained('{learned / 'weights'}')"
+    with pytest.raises(CheckpointError, match="whole fine-tuned pipeline"):
+        load_instances(quiet(MIFOPipeline.from_pretrained(base)), learned)
     whole = quiet(MIFOPipeline.from_pretrained(learned / "weights"))
+    assert load_instances(whole, learned) == ["<asset0>", "<asset1>"]
     found = embeddings(learned)
     before = StableDiffusionPipeline.from_pretrained(base)
     rows = vocabulary(whole)
@@ -112,8 +119,9 @@ def test_both_stages_leave_embeddings_and_a_pipeline(learned, base):
 
 
 @pytest.mark.slow
-def test_the_first_stage_moves_the_placeholders_only(base, scene, tmp_path):
+def test_the_first_stage_moves_the_placeholders_only(base, scene, tmp_path, capsys):
     learn_mifo.main(arguments(base, scene, tmp_path, "--stage2_steps", "0", "--names", "<cup>", "<mug>"))
+    assert capsys.readouterr().out.endswith(f"to load them: load_instances(pipe, '{tmp_path}')\n")
     found = embeddings(tmp_path)
     assert list(found) == ["cup", "mug"] and not (tmp_path / "weights").exists()
     start = Checkpointer(tmp_path / "stage1" / "checkpoints")
@@ -280,6 +288,22 @@ def test_class_pictures_are_those_of_their_prompt_steps_size_and_base(base, tmp_
     assert found["size"].shape[-1] == (SIZE + 8) // 2
 
 
+def test_the_safety_checker_blacks_no_picture_out_and_stays_in_the_result(scene, tmp_path):
+    vision = {"hidden_size": 12, "intermediate_size": 17, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds_weights.fill_(-2.0)  # below all cosines: each picture is flagged
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    parts = {**tiny_components(), "safety_checker": checker, "feature_extractor": extractor}
+    StableDiffusionPipeline(**parts).save_pretrained(tmp_path / "base")
+    more = ["--max_train_steps", "1", "--lr_warmup_steps", "0", "--stage2_steps", "1", "--class_pictures", "1"]
+    assert learn_mifo.main(arguments(tmp_path / "base", scene, tmp_path / "out", *more)) == 0
+    pictures = [*(tmp_path / "out").rglob("*.png")]
+    assert len(pictures) == 3  # of the class, and a sheet of each stage
+    assert all(np.array(Image.open(path)).any() for path in pictures)
+    assert MIFOPipeline.from_pretrained(tmp_path / "out" / "weights").safety_checker is not None
+
+
 def test_class_pictures_that_are_there_are_not_painted_again(base, tmp_path):
     pipeline = quiet(MIFOPipeline.from_pretrained(base))
     options = class_arguments(tmp_path, "--class_steps", "2")
@@ -302,6 +326,9 @@ def test_class_pictures_that_are_there_are_not_painted_again(base, tmp_path):
         (["--stage2_steps", "-1"], ObjectComposeError, "stage2_steps"),
         (["--adam_beta2", "1"], ObjectComposeError, "adam_beta2"),
         (["--gate", "-5"], ObjectComposeError, "gate"),
+        (["--pretrained_model", "./nowhere"], CheckpointError, "`--pretrained_model` './nowhere' is no checkpoint"),
+        (["--delta_rank", "4"], ObjectComposeError, "`delta_rank` needs `train_modules`"),
+        (["--delta_rank", "4", "--train_modules", "lora"], ObjectComposeError, "`lora_rank`"),
         (["--pretrained_model", "stabilityai/stable-diffusion-2-1"], ObjectComposeError, "mirrors: sd2-community/"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import subprocess
@@ -36,9 +37,10 @@ from objectcompose.training.loop import Draw
 from objectcompose.training.reference_augmentation import ReferenceAugmentation
 from objectcompose.training.reference_encoding import ReferenceEncoder, stack_references
 from objectcompose.training.reference_samples import ToyboxReferences
+from tests.adapters.test_locref_adapter import ip_adapter_file
 from tests.pipelines.conformance.rows import picture
 from tests.pipelines.locref_helpers import locref
-from tests.tiny import tiny_components
+from tests.tiny import IMAGE_PROJECTION_WIDTH, tiny_components, tiny_unet
 from tests.training.locref_data import write_base, write_coco, write_openimages
 from tests.training.test_trainers import run_until_step, state
 
@@ -306,6 +308,41 @@ def test_a_folder_with_another_runs_checkpoints_is_refused(base, tmp_path):
     # how long it is and what it leaves beside a step may change
     assert train_locref.main(arguments(base, data, out, "--cache_dir", str(tmp_path / "cache"))) == 0
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_warm_start_is_trained_and_used_with_null_pictures_at_full_strength(base, tmp_path):
+    """IP-Adapter's own defaults (0.3, 0.7, no null pictures) are for weights that are used as they come."""
+    path, out = tmp_path / "ip.safetensors", tmp_path / "out"
+    ip_adapter_file(path, tiny_unet(), width=IMAGE_PROJECTION_WIDTH)
+    wanted = [one for one in arguments(base, write_coco(tmp_path), out) if one not in ("--num_tokens", "3")]
+    assert train_locref.main([*wanted, "--ip_adapter", str(path), "--max_train_steps", "1"]) == 0
+    adapter = LocRefAdapter.from_pretrained(out / "weights")
+    config = adapter.config
+    assert (config.projection, config.num_tokens, config.gamma) == ("linear", 4, 1.0)
+    assert (config.null_references, config.ci_scale, config.ri_scale) == (True, 1.0, 1.0)
+    pipeline = LocRefPipeline.from_pretrained(base)
+    args = train_locref.create_parser().parse_args(["--toybox_scenes", "1", "--ip_adapter", str(path)])
+    pipeline.register_modules(adapter=train_locref.make_adapter(args, pipeline))
+    losses = LocRefLosses(pipeline, pipeline.scheduler, ReferenceEncoder([], pipeline, AS_IT_IS), NOTHING_DROPPED)
+    assert (losses.settings.ci_scale, losses.settings.ri_scale, losses.settings.gamma) == (1.0, 1.0, 1.0)
+    objects = [{"image": picture("red"), "box": (0.1, 0.1, 0.6, 0.6)}]
+
+    def paint(**more):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a dog", objects=objects, num_inference_steps=2, output_type="pt", generator=generator, **more)
+
+    plain = paint().images
+    assert torch.equal(plain, paint(null_references=True, ci_scale=1.0, ri_scale=1.0).images)
+    assert not torch.equal(plain, paint(null_references=False).images)
+
+
+def test_captions_that_are_cut_are_told_once(base, tmp_path, caplog):
+    data = write_coco(tmp_path)
+    captions = [{"image_id": number, "caption": "a dog " * (10 + 30 * (number > 0))} for number in range(3)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions}), encoding="utf-8")
+    assert train_locref.main(arguments(base, data, tmp_path / "out", "--max_train_steps", "1")) == 0
+    [record] = [one for one in caplog.records if "captions" in one.getMessage()]
+    assert record.getMessage().startswith("2 of 3 captions have more than the 77 tokens")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from objectcompose.errors import CheckpointError, NonFiniteError, ObjectComposeError
+from objectcompose.training import loop
 from objectcompose.training.common import Checkpointer, read_log
 from objectcompose.training.loop import SCHEDULES, LoopOptions, draws_of_batch, run_loop
 
@@ -74,6 +76,67 @@ def test_resumed_equals_unbroken(tmp_path):
     lines = read_log(tmp_path / "b" / "log.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines == read_log(tmp_path / "a" / "log.jsonl")
+
+
+def test_what_is_loaded_stays_on_the_cpu_and_goes_when_it_is_in_place(tmp_path, monkeypatch):
+    chosen = options(tmp_path / "a", ema_decay=None)
+    unbroken = train(chosen)
+    broken = replace(chosen, output_dir=tmp_path / "b")
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, stop_at=3)
+    loaded, latest = [], Checkpointer.latest
+
+    def watched(self):
+        step, state = latest(self)
+        loaded.append(weakref.ref(state["weights"]["weight"]))
+        assert {state["rng"]["torch"].device.type, state["weights"]["weight"].device.type} == {"cpu"}
+        return step, state
+
+    monkeypatch.setattr(Checkpointer, "latest", watched)
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))  # stands for a GPU: no value survives there
+    alive: list[bool] = []
+    weight = train(broken, validate=lambda *_: alive.append(loaded[0]() is not None))
+    assert torch.equal(weight, unbroken) and alive and not any(alive)
+
+
+def test_a_second_loop_unscales_gradients_once(tmp_path, monkeypatch):
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+
+    @contextmanager
+    def losses(draws):
+        yield {"loss": (first * second).sum()}
+
+    def run(accelerator: Accelerator, names: str) -> float:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # what fp16 has on a GPU
+        accelerator.native_amp = True
+        second.requires_grad_("b" in names)
+        chosen = options(tmp_path / names, max_train_steps=1, learning_rate=1e-9)
+        run_loop(accelerator, {name: {"a": first, "b": second}[name] for name in names}, losses, 1, chosen)
+        return read_log(tmp_path / names / "log.jsonl")[0]["grad_norm"]
+
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    accelerator = Accelerator(cpu=True)
+    assert run(accelerator, "a") == pytest.approx(3**0.5)
+    assert run(accelerator, "ab") == pytest.approx(6**0.5)
+
+
+def test_gradients_are_averaged_in_chunks(monkeypatch):
+    sizes, values = [], torch.arange(20.0)
+
+    def reduce(self, tensor, kind):  # two processes whose gradients are alike but for a factor of 3
+        sizes.append(tensor.nbytes)
+        return (tensor + 3 * tensor) / 2
+
+    monkeypatch.setattr(loop, "REDUCED_BYTES", 40)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "reduce", reduce)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (1,), (11,), (1,))]
+    parameters.append(torch.nn.Parameter(torch.zeros(9)))  # takes no part in the step
+    for parameter, part in zip(parameters, values.split([3, 4, 1, 11, 1]), strict=False):
+        parameter.grad = part.view_as(parameter).clone()
+    loop._average_gradients(Accelerator(cpu=True), parameters)
+    assert sizes == [32, 44, 4] and parameters[-1].grad is None
+    assert torch.equal(torch.cat([parameter.grad.flatten() for parameter in parameters[:-1]]), 2 * values)
 
 
 def test_batch_equals_accumulated_singles(tmp_path):

@@ -51,9 +51,9 @@ def noise_scheduler(**changes) -> DDPMScheduler:
     return DDPMScheduler.from_config(tiny_scheduler().config, **changes)
 
 
-def token_compose(unet, scheduler=None, **changes) -> TokenComposeLosses:
+def token_compose(unet, scheduler=None, dataset=None, **changes) -> TokenComposeLosses:
     tokenizer = tiny_tokenizer()
-    encoder = CaptionEncoder(Pictures(), tokenizer, tiny_text_encoder(tokenizer), tiny_vae(), levels=3)
+    encoder = CaptionEncoder(dataset or Pictures(), tokenizer, tiny_text_encoder(tokenizer), tiny_vae(), levels=3)
     return TokenComposeLosses(unet, scheduler or noise_scheduler(), encoder, 0.5, TokenComposeLossOptions(**changes))
 
 
@@ -86,9 +86,52 @@ def test_a_batch_equals_its_singles(kind):
     whole = loss_and_gradients(losses, unet, [draws(0, 1, 2, 3)])
     singles = loss_and_gradients(losses, unet, [draws(index) for index in range(4)])
     for result in (whole, singles):  # a share of nouns, not of rows
-        result[0].pop("empty_masks")
+        for name in [name for name in result[0] if name.startswith("empty_masks")]:
+            result[0].pop(name)
     assert_same_step(whole, singles, rtol=1e-4, atol=1e-6)
     assert whole[0]["loss"] == pytest.approx(whole[0]["ldm"] + whole[0]["token"] + 0.5 * whole[0]["pixel"], rel=1e-5)
+
+
+class Bears(Pictures):
+    """One picture, whose caption names one bear in two ways; samples supervise both nouns, and each alone."""
+
+    def __getitem__(self, index: int) -> CaptionSample:
+        nouns, chosen = ("teddy bear", "bear"), ([0, 1], [0], [1])[index]
+        masks = torch.zeros(2, 32, 32)
+        masks[0, 4:20, 4:20] = masks[1, 10:28, 8:30] = 1
+        pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return CaptionSample(pixels, "a teddy bear", tuple(nouns[one] for one in chosen), masks[chosen])
+
+
+def test_nouns_that_share_a_token_have_the_mean_of_their_losses():
+    unet = tiny_unet().train()
+    losses = token_compose(unet, dataset=Bears(), token_weight=1.0, pixel_weight=1.0)
+    found = []
+    for index in range(3):
+        with losses([Draw(index, torch.Generator().manual_seed(7))]) as one:
+            found.append({name: float(one[name].detach()) for name in ("token", "pixel")})
+    assert losses.encoder[0].tokens == ((2, 3), (3,))
+    both, *alone = found
+    assert both["token"] == pytest.approx((alone[0]["token"] + alone[1]["token"]) / 2, rel=1e-5)
+    assert both["pixel"] == pytest.approx((alone[0]["pixel"] + alone[1]["pixel"]) / 2, rel=1e-5)
+
+
+class Specks(Pictures):
+    """A large object, one that the coarsest grid loses, and one that is nowhere."""
+
+    def __getitem__(self, index: int) -> CaptionSample:
+        masks = torch.zeros(3, 32, 32)
+        masks[0, 4:28, 4:28] = masks[1, 8:10, 8:10] = 1
+        return CaptionSample(torch.zeros(3, 32, 32), "a dog and a cup and a carton", ("dog", "cup", "carton"), masks)
+
+
+def test_empty_masks_are_told_for_each_grid():
+    unet = tiny_unet().train()
+    with token_compose(unet, dataset=Specks())(draws(0, 1)) as found:
+        shares = {name: float(share) for name, share in found.items() if name.startswith("empty_masks")}
+    assert shares == pytest.approx({"empty_masks_16x16": 1 / 3, "empty_masks_8x8": 1 / 3, "empty_masks_4x4": 2 / 3})
+    with token_compose(unet)(draws(2)) as found:  # no nouns
+        assert [float(found[name]) for name in shares] == [0, 0, 0]
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -242,10 +285,21 @@ def test_prompts_are_drawn_from_the_generator_alone():
     assert all(one.concepts[0] == "apple" and len(set(one.concepts)) == 3 for one in drawn)
     assert {" with " in one.text for one in drawn} == {True, False} and len({one.concepts for one in drawn}) > 3
     assert drawn[0].single == "a photo of an apple"
-    pair = {
-        draw_prompt(names[:2], first, 2, torch.Generator().manual_seed(seed)) for first in (0, 1) for seed in (0, 1)
-    }
-    assert [one.text for one in pair] == ["a photo of a dog and a cup"]
+
+
+def test_each_of_just_enough_concepts_is_held_to_the_frozen_model():
+    """A pair has one prompt, and takes turns in the normalisation term."""
+    generator = torch.Generator().manual_seed(0)
+    pair = [draw_prompt(["dog", "cup"], first, 2, generator) for first in (0, 1)]
+    assert [one.text for one in pair] == ["a photo of a dog and a cup"] * 2
+    assert [one.single for one in pair] == ["a photo of a dog", "a photo of a cup"]
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())  # nothing was drawn
+    losses = separate_enhance(tiny_unet().train(), concepts=("dog", "cup"), norm_weight=0.5)
+    encoded, encode = [], losses._encode
+    losses._encode = lambda prompt: encoded.append(prompt) or encode(prompt)
+    with losses(draws(0, 1)):
+        pass
+    assert set(encoded) == {"a photo of a dog and a cup", "a photo of a dog", "a photo of a cup"}
 
 
 def test_supervised_tokens_are_the_concepts_pieces():

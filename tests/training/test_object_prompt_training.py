@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from objectcompose.training.object_prompt_data import (
     ObjectFeatures,
     ToyboxScenes,
     augment_picture,
+    captions_with_objects,
     cut_out,
     usable_objects,
 )
@@ -87,6 +90,14 @@ def gradients(losses, *indices, step=0):
 
 
 # ---- one step
+
+
+def test_features_do_not_depend_on_the_precision_of_the_run():
+    features = ObjectFeatures(CutOutScenes(Captions()), tiny_image_encoder(), None)
+    plain = features.of_object(1, 0, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = features.of_object(1, 0, 0)
+    assert all(torch.equal(one, other) for one, other in zip(plain, cast, strict=True))
 
 
 def test_a_batch_equals_its_samples(encoders):
@@ -221,6 +232,24 @@ def test_which_masks_are_objects():
     masks[5, 8:24, 24:36] = 1  # overlaps, but is one of its own
     assert usable_objects(masks) == [2, 5]
     assert usable_objects(torch.zeros(0, 40, 40)) == []
+
+
+def test_samples_without_an_object_are_left_out():
+    """Numbered anew; a wall as the only mask is no object, either."""
+
+    class Walls(Captions):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return dataclasses.replace(sample, masks=torch.ones_like(sample.masks)) if index == 0 else sample
+
+    captions = Walls()
+    chosen = captions_with_objects(captions, is_shown=False)
+    assert len(chosen) == 2 and [chosen[index].phrases for index in range(2)] == list(Walls.nouns[1:3])
+    assert [chosen.key(index) for index in range(2)] == [captions.key(1), captions.key(2)]
+    assert all(CutOutScenes(chosen).count(index) for index in range(2))
+    captions.nouns = ((), ())
+    with pytest.raises(LayoutError, match="got none in 2 pictures"):
+        captions_with_objects(captions, is_shown=False)
 
 
 def test_a_cut_out_is_the_object_and_nothing_else():

@@ -19,8 +19,8 @@ from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeErro
 from objectcompose.pipelines.pipeline_object_prompt import ObjectPromptPipeline
 from objectcompose.training import train_object_prompt
 from objectcompose.training.common import Checkpointer, read_log
-from objectcompose.training.grounded_captions import write_records
 from tests.pipelines.object_prompt_helpers import object_picture, prompt_pipeline
+from tests.training.captions_data import write_records
 from tests.training.test_trainers import run_until_step
 
 
@@ -52,8 +52,9 @@ def arguments(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     return [*common, "--max_train_steps", "4", "--checkpointing_steps", "2", *more]
 
 
-def test_the_adapter_that_is_left_loads(base, data, tmp_path):
+def test_the_adapter_that_is_left_loads(base, data, tmp_path, capsys):
     assert train_object_prompt.main(arguments(base, data, tmp_path, "--validation_scenes", "2")) == 0
+    assert f"to load it: ObjectPromptAdapter.from_pretrained('{tmp_path / 'weights'}')" in capsys.readouterr().out
     lines = read_log(tmp_path / "log.jsonl")
     assert len(lines) == 4 and {"loss", "objects", "dropped_text", "grad_norm"} <= lines[0].keys()
     adapter = ObjectPromptAdapter.from_pretrained(tmp_path / "weights")
@@ -66,6 +67,28 @@ def test_the_adapter_that_is_left_loads(base, data, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     output = pipeline("a dog", num_inference_steps=2, output_type="pt", objects=[{"image": object_picture(1)}])
     assert output.images.shape == (1, 3, 32, 32)
+
+
+def test_only_the_scenes_that_are_shown_are_read_for_validation(tmp_path):
+    scenes = ManyScenes()
+    assert train_object_prompt.scene_painter(prompt_pipeline(), scenes, 2, tmp_path) is not None
+    assert scenes.read == {0, 1, 2}  # the first has no object
+    assert train_object_prompt.scene_painter(prompt_pipeline(), scenes, 0, tmp_path) is None
+
+
+class ManyScenes:
+    """A data set that nobody should read whole."""
+
+    def __init__(self) -> None:
+        self.read: set[int] = set()
+        self.captions = range(5000)
+
+    def count(self, index: int) -> int:
+        self.read.add(index)
+        return int(index > 0)
+
+    def picture(self, index: int, number: int, view: int) -> Image.Image:
+        return object_picture(index)
 
 
 def test_bad_input_before_any_step(base, data, tmp_path):
@@ -115,6 +138,25 @@ def test_pictures_without_any_object_are_refused(base, tmp_path):
     write_records(tmp_path / "set", [("000", picture, "a dog", [("dog", torch.ones(32, 32))])])
     with pytest.raises(LayoutError, match="cut out"):
         train_object_prompt.main(arguments(base, tmp_path / "set", tmp_path / "out"))
+
+
+def test_pictures_without_an_object_are_left_out_and_cut_captions_told(base, tmp_path, caplog):
+    """Each once; no sample is trained on the null picture in place of objects."""
+    picture, mask = tmp_path / "0.png", torch.zeros(32, 32)
+    Image.new("RGB", (32, 32), "red").save(picture)
+    mask[6:24, 6:24] = 1
+    captions = ("a dog", "a dog", "a dog " * 40, "a dog " * 40)
+    nouns = ([("dog", mask)], [("dog", torch.ones(32, 32))], [("dog", mask)], [("dog", None)])
+    samples = [(f"{one:03d}", picture, captions[one], nouns[one]) for one in range(4)]
+    write_records(tmp_path / "set", samples)
+    out = tmp_path / "out"
+    drops = [word for name in ("image", "text", "both", "object") for word in (f"--drop_{name}", "0")]
+    assert train_object_prompt.main(arguments(base, tmp_path / "set", out, *drops)) == 0
+    assert [line["objects"] for line in read_log(out / "log.jsonl")] == [1.0] * 4
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("objectcompose")]
+    assert len(told) == 2 and told[0].startswith("2 of 4 pictures are left out")
+    assert told[1].startswith("1 of 2 captions have more than the 77 tokens")
+    assert "2 scenes from set" in (out / "weights" / "README.md").read_text(encoding="utf-8")
 
 
 def test_values_from_zero_start_as_the_base(base):
@@ -184,3 +226,7 @@ def test_a_warm_start_trains_keys_first(base, data, tmp_path):
     assert not torch.equal(first[f"projections.key_maps.{name}.weight"], tensors["ip_adapter.1.to_k_ip.weight"])
     assert torch.equal(first["appearance_adapter.latents"], tensors["image_proj.latents"])
     assert not torch.equal(last[f"projections.value_maps.{name}.weight"], tensors["ip_adapter.1.to_v_ip.weight"])
+    with pytest.raises(
+        CheckpointError, match="key_side_steps is 1 there and 2 here"
+    ):  # values would stand still again
+        train_object_prompt.main(arguments(base, data, tmp_path / "out", *more, "--max_train_steps", "4"))

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from objectcompose.adapters.unet_delta import UNetDelta
-from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError
+from objectcompose.errors import CheckpointError, LayoutError, ObjectComposeError, PromptTooLongError
 from objectcompose.training import train_separate_enhance, train_token_compose
 from objectcompose.training.common import Checkpointer, read_log
-from objectcompose.training.grounded_captions import write_records
 from tests.tiny import tiny_components
+from tests.training.captions_data import write_records
 
 
 pytestmark = pytest.mark.slow
@@ -42,15 +42,18 @@ def data(tmp_path_factory) -> Path:
     return write_captions(tmp_path_factory.mktemp("data"))
 
 
-def write_captions(folder: Path) -> Path:
+def write_captions(folder: Path, end: str = "") -> Path:
     """Grounded captions of four small pictures."""
+    folder.mkdir(exist_ok=True)
     rng, samples = np.random.default_rng(0), []
     for number, noun in enumerate(("dog", "cup", "corgi", "apple")):
         picture = folder / f"{number}.png"
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture)
         mask = torch.zeros(32, 32)
         mask[8 * (number % 2) :, 8:] = 1
-        samples.append((f"{number:03d}", picture, f"a {noun} on a table", [(noun, mask), ("table", None)]))
+        samples.append(
+            (f"{number:03d}", picture, f"a {noun} on a table {end}".strip(), [(noun, mask), ("table", None)])
+        )
     write_records(folder / "set", samples)
     return folder / "set"
 
@@ -72,7 +75,8 @@ def test_token_compose_whole_unet(base, data, tmp_path):
     )  # fmt: skip
     assert train_token_compose.main(arguments) == 0
     lines = read_log(tmp_path / "log.jsonl")
-    assert len(lines) == 6 and {"loss", "ldm", "token", "pixel", "empty_masks", "grad_norm"} <= lines[0].keys()
+    assert len(lines) == 6 and {"loss", "ldm", "token", "pixel", "grad_norm"} <= lines[0].keys()
+    assert {"empty_masks_16x16", "empty_masks_8x8", "empty_masks_4x4"} <= lines[0].keys()
     assert lines[0]["loss"] == pytest.approx(
         lines[0]["ldm"] + 0.1 * lines[0]["token"] + 0.1 * lines[0]["pixel"], rel=1e-4
     )
@@ -184,6 +188,19 @@ def test_low_rank_delta_of_the_whole_unet(base, data, tmp_path):
     assert left < 0.8 * change
 
 
+@pytest.mark.parametrize("modules", ["unet", "to_k", "lora"])
+def test_the_last_line_loads_what_is_left(base, data, tmp_path, capsys, modules):
+    few = ["--max_train_steps", "1", "--gradient_accumulation_steps", "1", "--train_modules", modules]
+    train_token_compose.main(token_compose(base, data, tmp_path, *few))
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("to load them: ")
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    before = pipe.unet
+    plain = {name: value.clone() for name, value in before.state_dict().items()}
+    unet = eval(line) or pipe.unet  # the two other kinds change the pipeline's own
+    changed = any(not torch.equal(value, plain.get(name, value)) for name, value in unet.state_dict().items())
+    assert changed or (modules == "lora" and pipe.get_active_adapters())
+
+
 def test_lora_loads_into_stable_diffusion(base, data, tmp_path):
     train_token_compose.main(token_compose(base, data, tmp_path, "--train_modules", "lora", "--lora_rank", "2"))
     pipeline = StableDiffusionPipeline.from_pretrained(base)
@@ -221,6 +238,9 @@ def test_bad_input_before_any_step(base, data, tmp_path):
         train_token_compose.main(
             token_compose(base, data, tmp_path / "out", "--delta_rank", "2", "--train_modules", "lora")
         )
+    longer = write_captions(tmp_path / "longer", "a " * 80)
+    with pytest.raises(PromptTooLongError, match="4 of 4 captions"):
+        train_token_compose.main(token_compose(base, longer, tmp_path / "out"))
     assert not (tmp_path / "out" / "checkpoints").exists()  # all of it before any step
     with pytest.raises(LayoutError, match="different"):
         train_separate_enhance.main(["--pretrained_model", str(base), "--concepts", "dog", "dog"])

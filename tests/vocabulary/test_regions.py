@@ -9,7 +9,6 @@ from objectcompose.attention_processors.regions import (
     RASTER_RULES,
     RegionPyramid,
     RegionPyramidBatch,
-    background_region,
     exclusive_regions,
     grids_of,
     rasterize,
@@ -217,15 +216,6 @@ class TestShared:
         regions = torch.tensor([[[1.0, 0, 1]], [[1, 0, 0]], [[1, 0, 0]]])
         out = shared_ownership(regions, [1, 0, 0], [2, 1, 1])
         torch.testing.assert_close(out, torch.tensor([[[1 / 3, 0, 1]], [[1 / 3, 0, 0]], [[1 / 3, 0, 0]]]))
-
-
-class TestBackground:
-    def test_what_is_left(self):
-        regions = torch.tensor([[[1.0, 0.25, 0]], [[1, 0.5, 0]]])
-        assert background_region(regions).tolist() == [[0.0, 0.25, 1.0]]
-
-    def test_no_regions(self):
-        assert background_region(torch.zeros(0, 2, 3)).tolist() == [[1.0] * 3] * 2
 
 
 class TestPyramid:

@@ -11,9 +11,9 @@ from objectcompose.errors import LayoutError, PhraseNotFoundError, PromptTooLong
 from objectcompose.pipelines.token_utils import (
     check_prompt_length,
     expand_placeholders,
+    find_everywhere,
     find_phrase,
     find_phrases,
-    find_phrases_all,
     max_prompt_length,
     other_numbers,
     prompt_token_ids,
@@ -80,6 +80,30 @@ class TestRepeats:
         with pytest.raises(PhraseNotFoundError):
             find_phrases(tiny_tokenizer, "a teddy bear", ["teddy bear", "bear"])
 
+    @pytest.mark.parametrize(
+        ("prompt", "phrases", "positions"),
+        [
+            ("two dogs", ["dogs", "dogs", "dogs"], [[2], [2], [2]]),
+            ("two dogs", ["dog", "Dog"], [[2], [2]]),
+            ("a dog and a dog", ["dog", "dog", "dog"], [[2], [5], [5]]),
+            ("a dog and the dogs", ["dog", "dog", "dog"], [[2], [5], [5]]),
+            ("a corgi and a dog", ["corgi", "dog", "corgi"], [[2, 3], [6], [2, 3]]),
+        ],
+    )
+    def test_repeated_phrases_may_share_their_last_place(self, tiny_tokenizer, prompt, phrases, positions):
+        assert find_phrases(tiny_tokenizer, prompt, phrases, may_share=True) == positions
+        with pytest.raises(PhraseNotFoundError, match=f"{len(phrases)} time" if len({*phrases}) == 1 else "time"):
+            find_phrases(tiny_tokenizer, prompt, phrases)
+
+    def test_places_are_shared_by_the_same_phrase_only(self, tiny_tokenizer):
+        with pytest.raises(PhraseNotFoundError, match=r"1 time\(s\).*found 0"):
+            find_phrases(tiny_tokenizer, "a teddy bear", ["teddy bear", "bear", "bear"], may_share=True)
+
+    def test_everywhere(self, tiny_tokenizer):
+        prompt = "The dog and the corgi of the carton"
+        assert find_everywhere(tiny_tokenizer, prompt, ["the", "corgi", "and the", "to", "dogs"]) == [1, 3, 4, 5, 6, 8]
+        assert find_everywhere(tiny_tokenizer, prompt, []) == []
+
 
 class TestPlural:
     @pytest.mark.parametrize(
@@ -127,6 +151,11 @@ class TestPlaceholders:
         assert once == "<cat-toy> <cat-toy>_1 and <cat-toy> <cat-toy>_1"
         assert expand_placeholders(tiny_tokenizer, once) == once
 
+    @pytest.mark.parametrize("prompt", ["a cat2", "<v>_1", "a <v>_12"])
+    def test_longer_tokens_and_further_vectors_are_no_placeholder(self, tiny_tokenizer, prompt):
+        tiny_tokenizer.add_tokens(["<v>", "<v>_1", "cat", "cat_1", "cat2", "<v>_12"])
+        assert expand_placeholders(tiny_tokenizer, prompt) == prompt
+
     def test_expansion_counts_towards_the_limit(self, tiny_tokenizer):
         tiny_tokenizer.add_tokens(["<v>", *(f"<v>_{index}" for index in range(1, 80))])
         with pytest.raises(PromptTooLongError, match="got 83"):
@@ -148,22 +177,6 @@ class TestLength:
     def test_limit_of_a_tokenizer_saved_without_one(self, tiny_tokenizer):
         tiny_tokenizer.model_max_length = int(1e30)
         assert max_prompt_length(tiny_tokenizer) == 77
-
-
-class TestTwoTokenizers:
-    def test_each_has_its_own_positions(self, tiny_tokenizer):
-        from tests.tiny import tiny_tokenizer as another
-
-        second = another()
-        second.add_tokens(["corgi"])  # one token there, two in the first
-        found = find_phrases_all([tiny_tokenizer, None, second], "a corgi and a dog", ["corgi", "dog"])
-        assert found == [[[2, 3], [6]], [[2], [5]]]
-        found = find_phrases_all([tiny_tokenizer, second], ["a dog", "the red dog"], ["dog"])
-        assert found == [[[2]], [[3]]]
-
-    def test_number_of_prompts(self, tiny_tokenizer):
-        with pytest.raises(LayoutError, match="one per tokenizer"):
-            find_phrases_all([tiny_tokenizer], ["a", "b"], [])
 
 
 class TestErrors:

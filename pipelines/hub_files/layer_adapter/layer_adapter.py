@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -838,6 +839,21 @@ def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) 
             _exchange_processor(modules[name], processor)
 
 
+@contextmanager
+def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def _compose_processor(
     name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
 ) -> "ComposedAttnProcessor":
@@ -968,7 +984,7 @@ def _fingerprint(maps: "dict[str, Any]") -> "str | None":
         if not weight.is_floating_point():
             return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
-        signs += torch.signbit(weight[places]).tolist()
+        signs += torch.signbit(weight[places].float()).tolist()  # float8 has no `signbit`
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"
 
 

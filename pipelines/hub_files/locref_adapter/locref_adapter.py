@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -841,6 +842,21 @@ def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) 
             _exchange_processor(modules[name], processor)
 
 
+@contextmanager
+def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def _compose_processor(
     name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
 ) -> "ComposedAttnProcessor":
@@ -971,7 +987,7 @@ def _fingerprint(maps: "dict[str, Any]") -> "str | None":
         if not weight.is_floating_point():
             return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
-        signs += torch.signbit(weight[places]).tolist()
+        signs += torch.signbit(weight[places].float()).tolist()  # float8 has no `signbit`
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"
 
 
@@ -1752,8 +1768,8 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         base_model: id of the base.
 
     Raises:
-        CheckpointError: no layer, a width or count below 1, an unknown choice, or a strength that is no finite number
-            from 0 on.
+        CheckpointError: no layer, a width or count below 1, an unknown choice, a switch that is not boolean, or a
+            strength that is no finite number from 0 on.
     """
 
     @register_to_config
@@ -1787,6 +1803,14 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         _check_locref_choice("feature", feature, tuple(REFERENCE_FEATURE_WIDTHS))
         _check_locref_choice("projection", projection, REFERENCE_PROJECTIONS)
         _check_locref_choice("composite", composite, COMPOSITE_KINDS)
+        switches = {
+            "shared_projection": shared_projection,
+            "region_mask": region_mask,
+            "null_references": null_references,
+        }
+        for name, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise CheckpointError(f"`{name}` must be True or False, got {switch!r}.")
         for name, strength in (("gamma", gamma), ("ci_scale", ci_scale), ("ri_scale", ri_scale)):
             if not math.isfinite(strength) or strength < 0:
                 raise CheckpointError(f"`{name}` must be a finite number of at least 0, got {strength!r}.")
@@ -1898,6 +1922,12 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         assert adapter.composite_maps is not None
         adapter.composite_maps.load_layers(weights)
         return adapter
+
+    @property
+    def encoder_widths(self) -> "dict[str, int]":
+        """Widths of the image encoder that is read, by their names in its config."""
+        config: "Any" = self.config
+        return {"hidden_size" if config.feature == "pooled" else "projection_dim": config.image_width}
 
     def forward(
         self, references: "torch.Tensor", composite: "torch.Tensor | None" = None

@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_locref by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.locref_adapter, objectcompose.attention_processors.branch, objectcompose.attention_processors.reference_fusion, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.reference_images, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.reference_layout, objectcompose.pipelines.reference_scenes, objectcompose.attention_processors.compiled, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_locref.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.locref_adapter, objectcompose.attention_processors.branch, objectcompose.attention_processors.reference_fusion, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.reference_images, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.token_utils, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.placement, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.reference_layout, objectcompose.pipelines.reference_scenes, objectcompose.attention_processors.compiled, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.attention_maps, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_locref.
 # SPDX-License-Identifier: Apache-2.0
 
 """LocRefPipeline: a prompt, and objects with a box and a reference picture, to a picture; nothing is tuned per object.
@@ -14,6 +14,7 @@ import diffusers
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import numpy as np
@@ -884,6 +885,21 @@ def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) 
             _exchange_processor(modules[name], processor)
 
 
+@contextmanager
+def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def _compose_processor(
     name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
 ) -> "ComposedAttnProcessor":
@@ -1014,7 +1030,7 @@ def _fingerprint(maps: "dict[str, Any]") -> "str | None":
         if not weight.is_floating_point():
             return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
-        signs += torch.signbit(weight[places]).tolist()
+        signs += torch.signbit(weight[places].float()).tolist()  # float8 has no `signbit`
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"
 
 
@@ -1795,8 +1811,8 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         base_model: id of the base.
 
     Raises:
-        CheckpointError: no layer, a width or count below 1, an unknown choice, or a strength that is no finite number
-            from 0 on.
+        CheckpointError: no layer, a width or count below 1, an unknown choice, a switch that is not boolean, or a
+            strength that is no finite number from 0 on.
     """
 
     @register_to_config
@@ -1830,6 +1846,14 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         _check_locref_choice("feature", feature, tuple(REFERENCE_FEATURE_WIDTHS))
         _check_locref_choice("projection", projection, REFERENCE_PROJECTIONS)
         _check_locref_choice("composite", composite, COMPOSITE_KINDS)
+        switches = {
+            "shared_projection": shared_projection,
+            "region_mask": region_mask,
+            "null_references": null_references,
+        }
+        for name, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise CheckpointError(f"`{name}` must be True or False, got {switch!r}.")
         for name, strength in (("gamma", gamma), ("ci_scale", ci_scale), ("ri_scale", ri_scale)):
             if not math.isfinite(strength) or strength < 0:
                 raise CheckpointError(f"`{name}` must be a finite number of at least 0, got {strength!r}.")
@@ -1941,6 +1965,12 @@ class LocRefAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         assert adapter.composite_maps is not None
         adapter.composite_maps.load_layers(weights)
         return adapter
+
+    @property
+    def encoder_widths(self) -> "dict[str, int]":
+        """Widths of the image encoder that is read, by their names in its config."""
+        config: "Any" = self.config
+        return {"hidden_size" if config.feature == "pooled" else "projection_dim": config.image_width}
 
     def forward(
         self, references: "torch.Tensor", composite: "torch.Tensor | None" = None
@@ -2278,8 +2308,8 @@ def cached_projection(
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
     Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity,
-    memory and version (only a write into `weight.data` is no new version). What inference mode made serves in it
-    alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
+    memory and version (only a write into `weight.data` is no new version). What inference mode or autocast made serves
+    in it alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
     weights lives: once they are moved to another device, as offloading does, replaced or gone, the cache is cleared.
 
     Args:
@@ -2292,8 +2322,10 @@ def cached_projection(
     weights = tuple(parameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *weights)):
         return project(*tokens)
-    is_inference = torch.is_inference_mode_enabled()
-    is_known = cache and cache["is_inference"] == is_inference and _same_weights(cache["weights"], weights)
+    device = tokens[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    modes = (torch.is_inference_mode_enabled(), autocast)
+    is_known = cache and cache["modes"] == modes and _same_weights(cache["weights"], weights)
     if is_known and _same_content(cache["tokens"], tokens):
         return cache["keys_values"]
     keys_values = project(*tokens)
@@ -2303,7 +2335,7 @@ def cached_projection(
         for one in weights
     ]
     copies = tuple(x.detach().clone() for x in tokens)
-    cache.update(tokens=copies, weights=known, keys_values=keys_values, is_inference=is_inference)
+    cache.update(tokens=copies, weights=known, keys_values=keys_values, modes=modes)
     return keys_values
 
 
@@ -2696,7 +2728,7 @@ def as_scene_objects(objects: "Any", batch_size: "int") -> "list[list[SceneObjec
 def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str, ...]":
     """The fields that `obj` sets to something other than their default and that are not among `used`.
 
-    A method puts them into `output.objects[i].unused`. Field order of `SceneObject`.
+    A method puts them into `output.objects[picture][i].unused`. Field order of `SceneObject`.
     """
     used = set(used)
     assert used <= set(OBJECT_FIELDS), f"no such fields: {sorted(used - set(OBJECT_FIELDS))}"
@@ -2705,7 +2737,7 @@ def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str,
 
 
 def require_object_fields(
-    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str"
+    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str", where: "str | None" = None
 ) -> "None":
     """Check that each object has the fields that a method needs.
 
@@ -2713,17 +2745,21 @@ def require_object_fields(
         objects: the objects of one prompt.
         needed: field names; a tuple of names means that one of them is enough, as in `("mask", "box")`.
         method: the name of the method, for the message.
+        where: only objects that have this field; None: all.
 
     Raises:
         MissingFieldError: names the object, the field and the method.
     """
+    which = "every object" if where is None else f"every object with `{where}`"
     for index, obj in enumerate(objects):
+        if where is not None and getattr(obj, where) is None:
+            continue
         for names in needed:
             names = (names,) if isinstance(names, str) else tuple(names)
             if all(getattr(obj, name) is None for name in names):
                 wanted = " or ".join(f"`{name}`" for name in names)
                 raise MissingFieldError(
-                    f"{method} needs {wanted} of every object; objects[{index}] has none: {shown_value(obj)}."
+                    f"{method} needs {wanted} of {which}; objects[{index}] has none: {shown_value(obj)}."
                 )
 
 
@@ -2870,9 +2906,14 @@ def _coco_box(bbox: "Any", width: "Any", height: "Any") -> "tuple[float, float, 
 def _listing_prompt(objects: "Sequence[SceneObject]") -> "str":
     names = [obj.phrase or "thing" for obj in objects]
     things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    if not things:
+    return prompt_of_phrases(things)
+
+
+def prompt_of_phrases(phrases: "Sequence[str]") -> "str":
+    """The phrases as a caption lists them: "a photo of a dog, a cup and two birds"; empty without phrases."""
+    if not phrases:
         return ""
-    return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
+    return "a photo of " + (", ".join(phrases[:-1]) + " and " if phrases[1:] else "") + phrases[-1]
 
 
 def _one_prompts_objects(entries: "Sequence[Any]", name: "str") -> "list[SceneObject]":
@@ -2988,12 +3029,193 @@ def _refuse_repeats(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
     return data
 
 
+# --- objectcompose.pipelines.reference_images
+
+#: Mean and standard deviation of CLIP's pixels in [0, 1], for encoders that come without a feature extractor.
+CLIP_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ReferenceFeatures:
+    """What an image encoder says of M pictures.
+
+    Attributes:
+        pooled: the class token after the last norm, `(M, C)`.
+        embeds: `pooled` in the joint space of pictures and text, `(M, D)`.
+        grid: hidden states of the last but one layer, class token first, `(M, L, C)`.
+    """
+
+    pooled: "torch.Tensor"
+    embeds: "torch.Tensor"
+    grid: "torch.Tensor"
+
+
+def encoder_side(image_encoder: "Any") -> "int":
+    """Sides of the square pictures that an image encoder reads, in pixels.
+
+    Raises:
+        CheckpointError: there is no image encoder.
+    """
+    if image_encoder is None:
+        raise CheckpointError("`image_encoder` is needed to read reference pictures, got None.")
+    return int(image_encoder.config.image_size)
+
+
+def clip_statistics(feature_extractor: "Any" = None) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Mean and standard deviation `(3,)` of the encoder's pixels in [0, 1]; CLIP's own without a feature extractor."""
+    if feature_extractor is None:
+        return torch.tensor(CLIP_PIXEL_MEAN), torch.tensor(CLIP_PIXEL_STD)
+    return torch.tensor(feature_extractor.image_mean), torch.tensor(feature_extractor.image_std)
+
+
+def normalize_pixels(pixels: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
+    """Pixels `(..., 3, H, W)` in [0, 1] as the encoder reads them; `mean` and `std` from `clip_statistics`."""
+    return (pixels - mean.to(pixels)[:, None, None]) / std.to(pixels)[:, None, None]
+
+
+def cut_out_pixels(image: "Image.Image", colour: "torch.Tensor", trim: "bool" = True) -> "torch.Tensor":
+    """A picture `(3, H, W)` in [0, 1]; transparent places show `colour` `(3,)`.
+
+    Args:
+        image: mode RGB, or RGBA with the cut-out as its alpha channel.
+        colour: RGB in [0, 1].
+        trim: drop the rows and columns around the cut-out that are fully transparent.
+
+    Raises:
+        ImageInputError: not a PIL image, or one that is transparent everywhere.
+    """
+    if not isinstance(image, Image.Image):
+        raise ImageInputError(f"`image` must be a PIL image, got {type(image).__name__}.")
+    if not image.has_transparency_data:
+        return _pixel_tensor(image.convert("RGB"))
+    image = image.convert("RGBA")
+    bounds = image.getchannel("A").getbbox()
+    if bounds is None:
+        raise ImageInputError("`image` must show something, got an alpha channel that is 0 everywhere.")
+    pixels = _pixel_tensor(image.crop(bounds) if trim else image)
+    alpha = pixels[3:]
+    return pixels[:3] * alpha + colour.to(pixels)[:, None, None] * (1 - alpha)
+
+
+def _pixel_tensor(image: "Image.Image") -> "torch.Tensor":
+    """`(channels, H, W)` float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def resize_pixels(pixels: "torch.Tensor", size: "tuple[int, int]") -> "torch.Tensor":
+    """Pixels `(C, H, W)` in [0, 1] at another size (h, w): bicubic, antialiased, values kept in [0, 1]."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    resized = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=True)
+    return resized[0].clamp(0, 1)
+
+
+def fit_pixels(
+    pixels: "torch.Tensor", frame: "tuple[int, int]", colour: "torch.Tensor", margin: "float" = 0.0
+) -> "torch.Tensor":
+    """The whole picture, its proportions kept, centred in a frame (h, w) of one colour: `(3, h, w)`.
+
+    Args:
+        pixels: `(3, H, W)` in [0, 1].
+        frame: rows and columns of the result.
+        colour: RGB in [0, 1], `(3,)`.
+        margin: least distance to the frame on every side, as a share of the picture's longer side.
+    """
+    height, width = pixels.shape[-2:]
+    reserve = 2 * margin * max(height, width)
+    factor = min(frame[0] / (height + reserve), frame[1] / (width + reserve))
+    inner = (max(1, round(height * factor)), max(1, round(width * factor)))
+    top, left = (frame[0] - inner[0]) // 2, (frame[1] - inner[1]) // 2
+    framed = colour.to(pixels)[:, None, None].repeat(1, *frame)
+    framed[:, top : top + inner[0], left : left + inner[1]] = resize_pixels(pixels, inner)
+    return framed
+
+
+def reference_pixels(
+    image: "Image.Image",
+    size: "int",
+    colour: "torch.Tensor | Sequence[float]",
+    margin: "float" = 0.0,
+    shape: "Literal['pad', 'stretch']" = "pad",
+) -> "torch.Tensor":
+    """A reference picture as a square, not normalised yet.
+
+    Args:
+        image: RGB, or RGBA with the cut-out as its alpha channel.
+        size: sides of the result, in pixels.
+        colour: RGB in [0, 1] of what the picture leaves open: the encoder's mean (`clip_statistics`).
+        margin: with "pad", free space on every side, as a share of the object's longer side; at least 0.
+        shape: "pad" keeps the object's proportions, trimmed to its cut-out and centred; "stretch" squashes the whole
+            picture, as for pictures of a scene, whose places must stay.
+
+    Returns:
+        `(3, size, size)`, float32 in [0, 1].
+
+    Raises:
+        ImageInputError: not a PIL image, or one that is transparent everywhere.
+        ObjectComposeError: another `shape`, or a negative `margin`.
+    """
+    if shape not in ("pad", "stretch"):
+        raise ObjectComposeError(f'`shape` must be "pad" or "stretch", got {shape!r}.')
+    if margin < 0:
+        raise ObjectComposeError(f"`margin` must be at least 0, got {margin!r}.")
+    colour = torch.as_tensor(colour, dtype=torch.float32)
+    pixels = cut_out_pixels(image, colour, trim=shape == "pad")
+    if shape == "stretch":
+        return resize_pixels(pixels, (size, size))
+    return fit_pixels(pixels, (size, size), colour, margin)
+
+
+def encode_references(image_encoder: "Any", pixels: "torch.Tensor") -> "ReferenceFeatures":
+    """All features of M pictures from one pass of the encoder.
+
+    Args:
+        image_encoder: a `CLIPVisionModelWithProjection`.
+        pixels: normalised, `(M, 3, S, S)`, S as `encoder_side` says, on the device that the encoder runs on.
+
+    Raises:
+        CheckpointError: there is no image encoder.
+    """
+    encoder_side(image_encoder)
+    # The model keeps the pooled token to itself. It is overheard, because calling the norm from here would pass by the
+    # hooks that offloading puts on the outer model.
+    pooled: "list[torch.Tensor]" = []
+    norm = image_encoder.vision_model.post_layernorm
+    handle = norm.register_forward_hook(lambda module, inputs, output: pooled.append(output))
+    try:
+        output = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True)
+    finally:
+        handle.remove()
+    return ReferenceFeatures(pooled[0], output.image_embeds, output.hidden_states[-2])
+
+
+def null_features(image_encoder: "Any", device: "torch.device | str | None" = None) -> "ReferenceFeatures":
+    """What stands for "no reference", one row: zero vectors, and the grid of an all-zero normalised picture.
+
+    As IP-Adapter has it: adapters that read vectors are trained with zeros, those that read grids with a blank
+    picture.
+
+    Args:
+        image_encoder: a `CLIPVisionModelWithProjection`.
+        device: where the encoder runs; its own when None.
+
+    Raises:
+        CheckpointError: there is no image encoder.
+    """
+    side = encoder_side(image_encoder)
+    blank = torch.zeros(1, 3, side, side, device=image_encoder.device if device is None else device)
+    features = encode_references(image_encoder, blank)
+    return ReferenceFeatures(torch.zeros_like(features.pooled), torch.zeros_like(features.embeds), features.grid)
+
+
 # --- objectcompose.pipelines.adapter_loading
 
 class AdapterLoaderMixin:
     """For pipelines with a component `adapter`, whose `__init__` names the adapter's class in its annotation."""
 
     adapter: "Any"
+    image_encoder: "Any"
     unet: "Any"
     components: "Any"
     register_modules: "Any"
@@ -3007,12 +3229,17 @@ class AdapterLoaderMixin:
 
         Raises:
             CheckpointFileError: it cannot be loaded.
-            CheckpointError: it was made for another base, or offloading is enabled already.
+            CheckpointError: it is something else, of another method, or made for another base; or offloading is
+                enabled already.
         """
         if any(hasattr(component, "_hf_hook") for component in self.components.values()):
             raise CheckpointError("`adapter` must be loaded before offloading is enabled, which would not move it.")
-        if not hasattr(adapter, "made_for"):
+        if isinstance(adapter, (str, os.PathLike)):
             adapter = adapter_class_of(type(self)).from_pretrained(adapter, **options)
+        if adapter is None:
+            raise CheckpointError(
+                "`adapter` must be an adapter, a folder or a Hub id, got None; see `unload_adapter`."
+            )
         self.check_adapter(adapter, self.unet)
         self.register_modules(adapter=adapter.to(device=self.unet.device, dtype=self.unet.dtype))
 
@@ -3028,9 +3255,33 @@ class AdapterLoaderMixin:
             self.register_modules(**own)
 
     def check_adapter(self, adapter: "Any", unet: "Any") -> "None":
-        """Raise `CheckpointError` unless there is no adapter or it was made for this base; for `__init__`."""
-        if adapter is not None and unet is not None:
+        """Raise `CheckpointError` unless there is no adapter or it is this pipeline's kind and made for this base."""
+        if adapter is None:
+            return
+        wanted = adapter_class_of(type(self)).__name__
+        # by name: code that was flattened for the Hub holds classes of its own
+        if not hasattr(adapter, "made_for") or wanted not in (kind.__name__ for kind in type(adapter).__mro__):
+            raise CheckpointError(f"`adapter` must be a {wanted}, got {type(adapter).__name__}.")
+        if unet is not None:
             adapter.check_base(unet, hub_id(getattr(self, "name_or_path", None)))  # no name yet in `__init__`
+
+    def check_encoders(self) -> "list[str]":
+        """Names of the layers that the adapter acts on.
+
+        Raises:
+            CheckpointError: there is no adapter or no image encoder, or they do not fit one another.
+        """
+        if self.adapter is None:
+            raise CheckpointError(
+                "`adapter` is needed for objects with an `image`, got None: give one to the pipeline, or call"
+                " `load_adapter`."
+            )
+        encoder_side(self.image_encoder)
+        wanted = self.adapter.encoder_widths
+        found = {name: getattr(self.image_encoder.config, name) for name in wanted}
+        if found != wanted:
+            raise CheckpointError(f"`image_encoder` must have the widths {wanted} that `adapter` reads, got {found}.")
+        return list(self.adapter.made_for.layer_widths)
 
 
 def adapter_class_of(pipeline_class: "type") -> "Any":
@@ -3072,9 +3323,9 @@ class CallArguments:
         guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
-            return tensors that replace the loop's.
+            return a dict of tensors that replace the loop's.
         callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
-            "negative_prompt_embeds".
+            "negative_prompt_embeds"; None: none.
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -3222,6 +3473,254 @@ class ImagePromptStepsMixin:
                 rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
             prepared.append(rows.to(device=device))
         return prepared
+
+
+# --- objectcompose.pipelines.token_utils
+
+_WORD_END = "</w>"
+# What CLIP text encoders read, for a tokenizer that was saved without its limit.
+_CLIP_LENGTH = 77
+_UNLIMITED_LENGTH = 10**6
+_IRREGULAR_PLURALS = {
+    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth", "ox": "oxen", "knife": "knives", "wife": "wives", "life": "lives",
+    "wolf": "wolves", "leaf": "leaves", "shelf": "shelves", "half": "halves", "calf": "calves", "loaf": "loaves",
+    "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes",
+}  # fmt: skip
+_IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLURALS.items()}
+
+
+def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
+    """`text` with every learned placeholder of several vectors written out, for encoding and for locating alike.
+
+    A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
+    "<cat-toy> <cat-toy>_1 <cat-toy>_2", as in diffusers. Unlike there, text that is written out already stays as it
+    is, and so does a longer token that begins with a placeholder's name.
+    """
+    added = tokenizer.get_added_vocab()
+    if not any(f"{token}_1" in added for token in added):
+        return text
+    tokens = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))  # the longest match counts
+
+    def written_out(found: "re.Match[str]") -> "str":
+        token = found.group()
+        follower = re.compile(rf"\s+({tokens})").match(text, found.end())
+        if follower is not None and follower[1] == f"{token}_1":
+            return token
+        further = itertools.takewhile(added.__contains__, (f"{token}_{index}" for index in itertools.count(1)))
+        return " ".join([token, *further])
+
+    return re.sub(tokens, written_out, text)
+
+
+def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
+    """The ids of the whole prompt with start and end tokens, neither padded nor truncated.
+
+    The end token is the last one, so its position is the length less one.
+
+    Raises:
+        LayoutError: `prompt` is not text.
+    """
+    check_text(prompt, "prompt", may_be_empty=True)
+    return list(tokenizer(expand_placeholders(tokenizer, prompt), truncation=False, verbose=False).input_ids)
+
+
+def max_prompt_length(tokenizer: "Any") -> "int":
+    """How many tokens the tokenizer's text encoder reads, start and end included (CLIP: 77)."""
+    length = int(tokenizer.model_max_length)
+    return _CLIP_LENGTH if length > _UNLIMITED_LENGTH else length
+
+
+def check_prompt_length(tokenizer: "Any", prompt: "str") -> "int":
+    """Number of tokens of the prompt, start and end included.
+
+    Raises:
+        PromptTooLongError: more tokens than the text encoder reads.
+    """
+    length, limit = len(prompt_token_ids(tokenizer, prompt)), max_prompt_length(tokenizer)
+    if length > limit:
+        raise PromptTooLongError(
+            f"`prompt` must have at most {limit} tokens (start and end included), got {length}: "
+            f"{shown_value(prompt)}. What lies beyond would not be read; shorten it."
+        )
+    return length
+
+
+def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int" = 0) -> "list[int]":
+    """Positions of a phrase's tokens in the encoded prompt.
+
+    Args:
+        tokenizer: a CLIP tokenizer, with any learned placeholders added to it.
+        prompt: the text as the user wrote it.
+        phrase: words that occur in the prompt in this order, or a placeholder. Case does not matter. If the words as
+            they are do not occur often enough, the last one may also stand in its English plural or singular.
+        occurrence: which of the places, 0 is the first; those in plural or singular come after the exact ones.
+
+    Returns:
+        Consecutive positions, start-of-text = 0, all below the text encoder's length.
+
+    Raises:
+        PhraseNotFoundError: names the closest matches.
+        PromptTooLongError: the prompt has more tokens than the text encoder reads.
+        LayoutError: an argument is not text.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    places = list(dict.fromkeys([*reader.exact_places(phrase), *reader.inflected_places(phrase)]))
+    if not 0 <= occurrence < len(places):
+        raise reader.not_found(phrase, found=len(places), wanted=occurrence + 1)
+    return list(range(*places[occurrence]))
+
+
+def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]", may_share: "bool" = False) -> "list[list[int]]":
+    """Positions of several phrases, each at a place of its own.
+
+    A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
+    choose before shorter ones, so "bear" does not take the second word of "teddy bear", and exact words before words
+    in plural or singular.
+
+    Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
+            "dogs" in "two dogs" are one place.
+
+    Returns:
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
+        places.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    if isinstance(phrases, str):
+        raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
+    ids = [reader.phrase_ids(phrase) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
+    chosen: "dict[int, tuple[int, int]]" = {}
+    for places_of in (reader.exact_places, reader.inflected_places):
+        for index in longest_first:
+            if index in chosen:
+                continue
+            free = (place for place in places_of(phrases[index]) if not _overlaps(place, chosen.values()))
+            place = next(free, None)
+            if place is not None:
+                chosen[index] = place
+    for index, phrase in enumerate(phrases):
+        if index in chosen:
+            continue
+        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
+        if not (may_share and same):
+            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
+        chosen[index] = same[-1]
+    return [list(range(*chosen[index])) for index in range(len(phrases))]
+
+
+def find_everywhere(tokenizer: "Any", prompt: "str", phrases: "Iterable[str]") -> "list[int]":
+    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
+
+    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
+
+    Returns:
+        Positions in rising order, each once.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    places = (place for phrase in phrases for place in reader.exact_places(phrase))
+    return sorted({position for place in places for position in range(*place)})
+
+
+class _PromptReader:
+    """One encoded prompt and where words begin and end in it."""
+
+    def __init__(self, tokenizer: "Any", prompt: "str") -> "None":
+        check_prompt_length(tokenizer, prompt)
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.ids = prompt_token_ids(tokenizer, prompt)
+        self.added = set(tokenizer.get_added_vocab())
+        pieces = tokenizer.convert_ids_to_tokens(self.ids)
+        # boundaries[i]: a phrase may begin at token i, or end before it.
+        self.boundaries = [True, *(self._ends_word(piece) for piece in pieces)]
+        for position in self._joints():
+            self.boundaries[position] = False
+
+    def phrase_ids(self, phrase: "str") -> "list[int]":
+        """The ids of a phrase on its own, without start and end."""
+        check_text(phrase, "phrase")
+        text = expand_placeholders(self.tokenizer, phrase)
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    def exact_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
+        """(start, stop) of each place where the words of the phrase stand as they are."""
+        wanted = self.phrase_ids(phrase)
+        # The first and the last token are the start and the end of the text, which no phrase names.
+        for start in range(1, len(self.ids) - len(wanted)):
+            stop = start + len(wanted)
+            if wanted and self.ids[start:stop] == wanted and self.boundaries[start] and self.boundaries[stop]:
+                yield start, stop
+
+    def inflected_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
+        """(start, stop) of each place where the last word of the phrase stands in its plural or singular."""
+        places = {place for variant in other_numbers(phrase) for place in self.exact_places(variant)}
+        return iter(sorted(places))
+
+    def not_found(self, phrase: "str", found: "int", wanted: "int") -> "PhraseNotFoundError":
+        """The error for a phrase with too few places, with what the prompt has instead."""
+        words = self.prompt.lower().split()
+        length = len(phrase.split())
+        spans = {
+            " ".join(words[start : start + count]).strip(".,;:!?()\"'")
+            for count in range(1, length + 2)
+            for start in range(len(words) - count + 1)
+        }
+        close = difflib.get_close_matches(phrase.lower(), sorted(spans), n=3, cutoff=0.5)
+        hint = f"closest: {', '.join(ascii(match) for match in close)}" if close else "nothing in it comes close"
+        rule = f"must occur in the prompt {wanted} time(s) at places of its own, found {found}"
+        return PhraseNotFoundError(f"`phrase` {shown_value(phrase)} {rule}: {shown_value(self.prompt)} ({hint}).")
+
+    def _ends_word(self, piece: "str") -> "bool":
+        return piece.endswith(_WORD_END) or piece in self.added or piece in self.tokenizer.all_special_tokens
+
+    def _joints(self) -> "Iterator[int]":
+        """Positions between two tokens that no white space parts and that are both letters or digits ("13", "dog2").
+
+        Words are encoded one by one to learn where white space was; if that does not give the ids of the whole prompt,
+        the tokenizer does more than CLIP's and only word-end marks are used.
+        """
+        words = expand_placeholders(self.tokenizer, self.prompt).split()
+        encoded = [self.tokenizer(word, add_special_tokens=False, verbose=False).input_ids for word in words]
+        if [token for ids in encoded for token in ids] != self.ids[1:-1]:
+            return
+        position = 1
+        for word, ids in zip(words, encoded, strict=True):
+            if len(ids) > 1 and not set(self.tokenizer.convert_ids_to_tokens(ids)) & self.added:
+                yield from (position + offset for offset in self._joints_of_word(word, len(ids)))
+            position += len(ids)
+
+    def _joints_of_word(self, word: "str", count: "int") -> "Iterator[int]":
+        """Offsets of tokens of one word that begin between two letters or digits."""
+        for cut in range(1, len(word)):
+            if word[cut - 1].isalnum() and word[cut].isalnum() and word[cut - 1].isnumeric() | word[cut].isnumeric():
+                before = self.tokenizer(word[:cut], add_special_tokens=False, verbose=False).input_ids
+                if 0 < len(before) < count:
+                    yield len(before)
+
+
+def other_numbers(phrase: "str") -> "list[str]":
+    """The phrase with its last word in the plural, and in the singular, by the rules of English spelling.
+
+    Spellings that do not exist may be among them ("glas"): they are only looked for, so they do no harm.
+    """
+    *head, last = phrase.lower().split() or [""]
+    forms = {_IRREGULAR_PLURALS.get(last, ""), _IRREGULAR_SINGULARS.get(last, "")}
+    if last and last[-1].isalpha():
+        forms |= {last + "s", last + "es"}
+        if last.endswith("y"):
+            forms.add(last[:-1] + "ies")
+        if last.endswith("s"):
+            forms.add(last[:-1])
+        if last.endswith("es"):
+            forms.add(last[:-2])
+        if last.endswith("ies"):
+            forms.add(last[:-3] + "y")
+    return [" ".join([*head, form]) for form in sorted(forms - {"", last})]
+
+
+def _overlaps(place: "tuple[int, int]", taken: "Any") -> "bool":
+    return any(place[0] < stop and start < place[1] for start, stop in taken)
 
 
 # --- objectcompose.pipelines.steps
@@ -3409,7 +3908,7 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
     ) -> "torch.Tensor":
         """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
         max_length = self.tokenizer.model_max_length if max_length is None else max_length
-        texts = self.expand_placeholders(texts)
+        texts = [expand_placeholders(self.tokenizer, text) for text in texts]
         inputs = self.tokenizer(
             texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
         )
@@ -3436,12 +3935,6 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
                 steps_logger.warning(
                     f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
                 )
-
-    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
-        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
-        if isinstance(self, TextualInversionLoaderMixin):
-            return self.maybe_convert_prompt(list(texts), self.tokenizer)
-        return list(texts)
 
     # ---- latents and scheduler
 
@@ -3626,6 +4119,12 @@ def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "
         raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
 
 
+def check_switch(name: "str", value: "Any") -> "None":
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ObjectComposeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
     """Raise unless both sides are multiples of 8 and of the VAE's factor."""
     multiple = math.lcm(8, vae_scale_factor)
@@ -3635,10 +4134,19 @@ def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> 
             raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
 
 
-def check_output_type(output_type: "Any") -> "None":
-    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
+def check_output_type(output_type: "Any", vae: "Any") -> "None":
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`, and there is a VAE for all but "latent"."""
     if output_type not in OUTPUT_TYPES:
         raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if vae is None and output_type != "latent":
+        raise CheckpointError(f'`vae` is needed for `output_type` {output_type!r}, got None; "latent" does without.')
+
+
+def check_object_count(rows: "Sequence[Sequence[Any]]", maximum: "int") -> "None":
+    """Raise `LayoutError` unless each prompt has at most `maximum` objects."""
+    largest = max(map(len, rows))
+    if largest > maximum:
+        raise LayoutError(f"`objects` must hold at most {maximum} objects per prompt, got {largest}.")
 
 
 def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
@@ -3801,7 +4309,7 @@ def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "
     """Raise unless the callback can be called and asks only for tensors that the loop has."""
     if callback is not None and not callable(callback):
         raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
-    unknown = [name for name in tensor_inputs or () if name not in allowed]
+    unknown = [name for name in tensor_inputs if name not in allowed]
     if unknown:
         raise ObjectComposeError(
             f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
@@ -3903,255 +4411,6 @@ class LocRefOutput(ComposeOutput):
     composite: "list[Any] | None" = None
 
 
-# --- objectcompose.pipelines.token_utils
-
-_WORD_END = "</w>"
-# What CLIP text encoders read, for a tokenizer that was saved without its limit.
-_CLIP_LENGTH = 77
-_UNLIMITED_LENGTH = 10**6
-_IRREGULAR_PLURALS = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
-    "foot": "feet", "tooth": "teeth", "ox": "oxen", "knife": "knives", "wife": "wives", "life": "lives",
-    "wolf": "wolves", "leaf": "leaves", "shelf": "shelves", "half": "halves", "calf": "calves", "loaf": "loaves",
-    "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes",
-}  # fmt: skip
-_IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLURALS.items()}
-
-
-def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
-    """`text` with every learned placeholder of several vectors written out, as diffusers does before it encodes.
-
-    A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
-    "<cat-toy> <cat-toy>_1 <cat-toy>_2". Text that is written out already stays as it is.
-    """
-    added = tokenizer.get_added_vocab()
-    for token in added:
-        if token not in text or f"{token}_1" not in added:
-            continue
-        count = 1
-        while f"{token}_{count}" in added:
-            count += 1
-        written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
-        first = re.escape(token)
-        # Backslashes of the replacement are doubled because `sub` would read them as references.
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
-    return text
-
-
-def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
-    """The ids of the whole prompt with start and end tokens, neither padded nor truncated.
-
-    The end token is the last one, so its position is the length less one.
-
-    Raises:
-        LayoutError: `prompt` is not text.
-    """
-    check_text(prompt, "prompt", may_be_empty=True)
-    return list(tokenizer(expand_placeholders(tokenizer, prompt), truncation=False, verbose=False).input_ids)
-
-
-def max_prompt_length(tokenizer: "Any") -> "int":
-    """How many tokens the tokenizer's text encoder reads, start and end included (CLIP: 77)."""
-    length = int(tokenizer.model_max_length)
-    return _CLIP_LENGTH if length > _UNLIMITED_LENGTH else length
-
-
-def check_prompt_length(tokenizer: "Any", prompt: "str") -> "int":
-    """Number of tokens of the prompt, start and end included.
-
-    Raises:
-        PromptTooLongError: more tokens than the text encoder reads.
-    """
-    length, limit = len(prompt_token_ids(tokenizer, prompt)), max_prompt_length(tokenizer)
-    if length > limit:
-        raise PromptTooLongError(
-            f"`prompt` must have at most {limit} tokens (start and end included), got {length}: "
-            f"{shown_value(prompt)}. What lies beyond would not be read; shorten it."
-        )
-    return length
-
-
-def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int" = 0) -> "list[int]":
-    """Positions of a phrase's tokens in the encoded prompt.
-
-    Args:
-        tokenizer: a CLIP tokenizer, with any learned placeholders added to it.
-        prompt: the text as the user wrote it.
-        phrase: words that occur in the prompt in this order, or a placeholder. Case does not matter. If the words as
-            they are do not occur often enough, the last one may also stand in its English plural or singular.
-        occurrence: which of the places, 0 is the first; those in plural or singular come after the exact ones.
-
-    Returns:
-        Consecutive positions, start-of-text = 0, all below the text encoder's length.
-
-    Raises:
-        PhraseNotFoundError: names the closest matches.
-        PromptTooLongError: the prompt has more tokens than the text encoder reads.
-        LayoutError: an argument is not text.
-    """
-    reader = _PromptReader(tokenizer, prompt)
-    places = list(dict.fromkeys([*reader.exact_places(phrase), *reader.inflected_places(phrase)]))
-    if not 0 <= occurrence < len(places):
-        raise reader.not_found(phrase, found=len(places), wanted=occurrence + 1)
-    return list(range(*places[occurrence]))
-
-
-def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "list[list[int]]":
-    """Positions of several phrases, each at a place of its own.
-
-    A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
-    choose before shorter ones, so "bear" does not take the second word of "teddy bear", and exact words before words
-    in plural or singular.
-
-    Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
-
-    Returns:
-        One list of positions per phrase, in the order of `phrases`; no position is in two of them.
-    """
-    reader = _PromptReader(tokenizer, prompt)
-    if isinstance(phrases, str):
-        raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
-    lengths = [len(reader.phrase_ids(phrase)) for phrase in phrases]
-    longest_first = sorted(range(len(phrases)), key=lambda index: -lengths[index])
-    chosen: "dict[int, tuple[int, int]]" = {}
-    for places_of in (reader.exact_places, reader.inflected_places):
-        for index in longest_first:
-            if index in chosen:
-                continue
-            free = (place for place in places_of(phrases[index]) if not _overlaps(place, chosen.values()))
-            place = next(free, None)
-            if place is not None:
-                chosen[index] = place
-    for index, phrase in enumerate(phrases):
-        if index not in chosen:
-            same = sum(phrases[other] == phrase for other in chosen)
-            raise reader.not_found(phrase, found=same, wanted=list(phrases).count(phrase))
-    return [list(range(*chosen[index])) for index in range(len(phrases))]
-
-
-def find_phrases_all(
-    tokenizers: "Sequence[Any]", prompts: "str | Sequence[str]", phrases: "Sequence[str]"
-) -> "list[list[list[int]]]":
-    """`find_phrases` for each of a model's tokenizers (SDXL has two).
-
-    Args:
-        tokenizers: the tokenizers in the order of the text encoders; None entries are left out.
-        prompts: the prompt of all encoders, or one per tokenizer.
-        phrases: as in `find_phrases`.
-
-    Returns:
-        For each tokenizer, one list of positions per phrase.
-
-    Raises:
-        LayoutError: another number of prompts than tokenizers; else as in `find_phrases`.
-    """
-    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    texts = [prompts] * len(tokenizers) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(tokenizers):
-        raise LayoutError(f"`prompts` must be one per tokenizer ({len(tokenizers)}), got {len(texts)}.")
-    return [find_phrases(tokenizer, text, phrases) for tokenizer, text in zip(tokenizers, texts, strict=True)]
-
-
-class _PromptReader:
-    """One encoded prompt and where words begin and end in it."""
-
-    def __init__(self, tokenizer: "Any", prompt: "str") -> "None":
-        check_prompt_length(tokenizer, prompt)
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.ids = prompt_token_ids(tokenizer, prompt)
-        self.added = set(tokenizer.get_added_vocab())
-        pieces = tokenizer.convert_ids_to_tokens(self.ids)
-        # boundaries[i]: a phrase may begin at token i, or end before it.
-        self.boundaries = [True, *(self._ends_word(piece) for piece in pieces)]
-        for position in self._joints():
-            self.boundaries[position] = False
-
-    def phrase_ids(self, phrase: "str") -> "list[int]":
-        """The ids of a phrase on its own, without start and end."""
-        check_text(phrase, "phrase")
-        text = expand_placeholders(self.tokenizer, phrase)
-        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-    def exact_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
-        """(start, stop) of each place where the words of the phrase stand as they are."""
-        wanted = self.phrase_ids(phrase)
-        # The first and the last token are the start and the end of the text, which no phrase names.
-        for start in range(1, len(self.ids) - len(wanted)):
-            stop = start + len(wanted)
-            if wanted and self.ids[start:stop] == wanted and self.boundaries[start] and self.boundaries[stop]:
-                yield start, stop
-
-    def inflected_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
-        """(start, stop) of each place where the last word of the phrase stands in its plural or singular."""
-        places = {place for variant in other_numbers(phrase) for place in self.exact_places(variant)}
-        return iter(sorted(places))
-
-    def not_found(self, phrase: "str", found: "int", wanted: "int") -> "PhraseNotFoundError":
-        """The error for a phrase with too few places, with what the prompt has instead."""
-        words = self.prompt.lower().split()
-        length = len(phrase.split())
-        spans = {
-            " ".join(words[start : start + count]).strip(".,;:!?()\"'")
-            for count in range(1, length + 2)
-            for start in range(len(words) - count + 1)
-        }
-        close = difflib.get_close_matches(phrase.lower(), sorted(spans), n=3, cutoff=0.5)
-        hint = f"closest: {', '.join(ascii(match) for match in close)}" if close else "nothing in it comes close"
-        rule = f"must occur in the prompt {wanted} time(s) at places of its own, found {found}"
-        return PhraseNotFoundError(f"`phrase` {shown_value(phrase)} {rule}: {shown_value(self.prompt)} ({hint}).")
-
-    def _ends_word(self, piece: "str") -> "bool":
-        return piece.endswith(_WORD_END) or piece in self.added or piece in self.tokenizer.all_special_tokens
-
-    def _joints(self) -> "Iterator[int]":
-        """Positions between two tokens that no white space parts and that are both letters or digits ("13", "dog2").
-
-        Words are encoded one by one to learn where white space was; if that does not give the ids of the whole prompt,
-        the tokenizer does more than CLIP's and only word-end marks are used.
-        """
-        words = expand_placeholders(self.tokenizer, self.prompt).split()
-        encoded = [self.tokenizer(word, add_special_tokens=False, verbose=False).input_ids for word in words]
-        if [token for ids in encoded for token in ids] != self.ids[1:-1]:
-            return
-        position = 1
-        for word, ids in zip(words, encoded, strict=True):
-            if len(ids) > 1 and not set(self.tokenizer.convert_ids_to_tokens(ids)) & self.added:
-                yield from (position + offset for offset in self._joints_of_word(word, len(ids)))
-            position += len(ids)
-
-    def _joints_of_word(self, word: "str", count: "int") -> "Iterator[int]":
-        """Offsets of tokens of one word that begin between two letters or digits."""
-        for cut in range(1, len(word)):
-            if word[cut - 1].isalnum() and word[cut].isalnum() and word[cut - 1].isnumeric() | word[cut].isnumeric():
-                before = self.tokenizer(word[:cut], add_special_tokens=False, verbose=False).input_ids
-                if 0 < len(before) < count:
-                    yield len(before)
-
-
-def other_numbers(phrase: "str") -> "list[str]":
-    """The phrase with its last word in the plural, and in the singular, by the rules of English spelling.
-
-    Spellings that do not exist may be among them ("glas"): they are only looked for, so they do no harm.
-    """
-    *head, last = phrase.lower().split() or [""]
-    forms = {_IRREGULAR_PLURALS.get(last, ""), _IRREGULAR_SINGULARS.get(last, "")}
-    if last and last[-1].isalpha():
-        forms |= {last + "s", last + "es"}
-        if last.endswith("y"):
-            forms.add(last[:-1] + "ies")
-        if last.endswith("s"):
-            forms.add(last[:-1])
-        if last.endswith("es"):
-            forms.add(last[:-2])
-        if last.endswith("ies"):
-            forms.add(last[:-3] + "y")
-    return [" ".join([*head, form]) for form in sorted(forms - {"", last})]
-
-
-def _overlaps(place: "tuple[int, int]", taken: "Any") -> "bool":
-    return any(place[0] < stop and start < place[1] for start, stop in taken)
-
-
 # --- objectcompose.pipelines.placement
 
 placement_logger = logging.get_logger(__name__)
@@ -4164,6 +4423,7 @@ def place_phrases(
     canvas: "tuple[int, int]",
     used: "Iterable[str]",
     method: "str",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """Find each object's phrase in its prompt.
 
@@ -4174,13 +4434,15 @@ def place_phrases(
         canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
+        may_share: objects of the same phrase that find no place of their own share the last one that it has, as the
+            dogs of "two dogs" do; else they are refused.
 
     Returns:
         B lists, one `PlacedObject` per object.
 
     Raises:
         MissingFieldError: an object has neither `phrase` nor `token`.
-        PhraseNotFoundError: a phrase does not occur in its prompt.
+        PhraseNotFoundError: a phrase does not occur in its prompt, or not often enough.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
         RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
@@ -4191,14 +4453,10 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
-    for prompt, row in zip(texts, rows, strict=True):
-        for index, item in enumerate(row):
-            if _object_name(item) is None:
-                raise MissingFieldError(
-                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
-                )
+    for row in rows:
+        require_object_fields(row, [("phrase", "token")], method)
     used = tuple(used)
-    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used, may_share)
 
 
 def place_objects(
@@ -4207,6 +4465,7 @@ def place_objects(
     rows: "Sequence[Sequence[SceneObject]]",
     canvas: "tuple[int, int]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
 
@@ -4216,6 +4475,7 @@ def place_objects(
         rows: per prompt its objects.
         canvas: height and width of the picture, in pixels.
         used_fields: the fields that the method uses of an object.
+        may_share: as in `place_phrases`.
 
     Raises:
         PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
@@ -4229,7 +4489,7 @@ def place_objects(
     if tokenizer is None:
         raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+    return [_place_row(tokenizer, text, row, used_fields, may_share) for text, row in zip(texts, rows, strict=True)]
 
 
 def _object_name(item: "SceneObject") -> "str | None":
@@ -4241,9 +4501,10 @@ def _place_row(
     prompt: "str",
     objects: "Sequence[SceneObject]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool",
 ) -> "list[PlacedObject]":
     names = [name for name in map(_object_name, objects) if name is not None]
-    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
+    positions = iter(find_phrases(tokenizer, prompt, names, may_share) if names else [])
     placed: "list[PlacedObject]" = []
     seen: "dict[str, int]" = {}
     for item in objects:
@@ -4277,181 +4538,6 @@ def warn_unused_fields(placed: "Sequence[Sequence[PlacedObject]]", method: "str"
         placement_logger.warning(
             f"{method} cannot use these fields of `objects`, which change nothing: {', '.join(sorted(unused))}."
         )
-
-
-# --- objectcompose.pipelines.reference_images
-
-#: Mean and standard deviation of CLIP's pixels in [0, 1], for encoders that come without a feature extractor.
-CLIP_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class ReferenceFeatures:
-    """What an image encoder says of M pictures.
-
-    Attributes:
-        pooled: the class token after the last norm, `(M, C)`.
-        embeds: `pooled` in the joint space of pictures and text, `(M, D)`.
-        grid: hidden states of the last but one layer, class token first, `(M, L, C)`.
-    """
-
-    pooled: "torch.Tensor"
-    embeds: "torch.Tensor"
-    grid: "torch.Tensor"
-
-
-def encoder_side(image_encoder: "Any") -> "int":
-    """Sides of the square pictures that an image encoder reads, in pixels.
-
-    Raises:
-        CheckpointError: there is no image encoder.
-    """
-    if image_encoder is None:
-        raise CheckpointError("`image_encoder` is needed to read reference pictures, got None.")
-    return int(image_encoder.config.image_size)
-
-
-def clip_statistics(feature_extractor: "Any" = None) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Mean and standard deviation `(3,)` of the encoder's pixels in [0, 1]; CLIP's own without a feature extractor."""
-    if feature_extractor is None:
-        return torch.tensor(CLIP_PIXEL_MEAN), torch.tensor(CLIP_PIXEL_STD)
-    return torch.tensor(feature_extractor.image_mean), torch.tensor(feature_extractor.image_std)
-
-
-def normalize_pixels(pixels: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
-    """Pixels `(..., 3, H, W)` in [0, 1] as the encoder reads them; `mean` and `std` from `clip_statistics`."""
-    return (pixels - mean.to(pixels)[:, None, None]) / std.to(pixels)[:, None, None]
-
-
-def cut_out_pixels(image: "Image.Image", colour: "torch.Tensor", trim: "bool" = True) -> "torch.Tensor":
-    """A picture `(3, H, W)` in [0, 1]; transparent places show `colour` `(3,)`.
-
-    Args:
-        image: mode RGB, or RGBA with the cut-out as its alpha channel.
-        colour: RGB in [0, 1].
-        trim: drop the rows and columns around the cut-out that are fully transparent.
-
-    Raises:
-        ImageInputError: not a PIL image, or one that is transparent everywhere.
-    """
-    if not isinstance(image, Image.Image):
-        raise ImageInputError(f"`image` must be a PIL image, got {type(image).__name__}.")
-    if not image.has_transparency_data:
-        return _pixel_tensor(image.convert("RGB"))
-    image = image.convert("RGBA")
-    bounds = image.getchannel("A").getbbox()
-    if bounds is None:
-        raise ImageInputError("`image` must show something, got an alpha channel that is 0 everywhere.")
-    pixels = _pixel_tensor(image.crop(bounds) if trim else image)
-    alpha = pixels[3:]
-    return pixels[:3] * alpha + colour.to(pixels)[:, None, None] * (1 - alpha)
-
-
-def _pixel_tensor(image: "Image.Image") -> "torch.Tensor":
-    """`(channels, H, W)` float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def resize_pixels(pixels: "torch.Tensor", size: "tuple[int, int]") -> "torch.Tensor":
-    """Pixels `(C, H, W)` in [0, 1] at another size (h, w): bicubic, antialiased, values kept in [0, 1]."""
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    resized = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=True)
-    return resized[0].clamp(0, 1)
-
-
-def fit_pixels(
-    pixels: "torch.Tensor", frame: "tuple[int, int]", colour: "torch.Tensor", margin: "float" = 0.0
-) -> "torch.Tensor":
-    """The whole picture, its proportions kept, centred in a frame (h, w) of one colour: `(3, h, w)`.
-
-    Args:
-        pixels: `(3, H, W)` in [0, 1].
-        frame: rows and columns of the result.
-        colour: RGB in [0, 1], `(3,)`.
-        margin: least distance to the frame on every side, as a share of the picture's longer side.
-    """
-    height, width = pixels.shape[-2:]
-    reserve = 2 * margin * max(height, width)
-    factor = min(frame[0] / (height + reserve), frame[1] / (width + reserve))
-    inner = (max(1, round(height * factor)), max(1, round(width * factor)))
-    top, left = (frame[0] - inner[0]) // 2, (frame[1] - inner[1]) // 2
-    framed = colour.to(pixels)[:, None, None].repeat(1, *frame)
-    framed[:, top : top + inner[0], left : left + inner[1]] = resize_pixels(pixels, inner)
-    return framed
-
-
-def reference_pixels(
-    image: "Image.Image",
-    size: "int",
-    colour: "torch.Tensor | Sequence[float]",
-    margin: "float" = 0.0,
-    shape: "Literal['pad', 'stretch']" = "pad",
-) -> "torch.Tensor":
-    """A reference picture as a square, not normalised yet.
-
-    Args:
-        image: RGB, or RGBA with the cut-out as its alpha channel.
-        size: sides of the result, in pixels.
-        colour: RGB in [0, 1] of what the picture leaves open: the encoder's mean (`clip_statistics`).
-        margin: with "pad", free space on every side, as a share of the object's longer side; at least 0.
-        shape: "pad" keeps the object's proportions, trimmed to its cut-out and centred; "stretch" squashes the whole
-            picture, as for pictures of a scene, whose places must stay.
-
-    Returns:
-        `(3, size, size)`, float32 in [0, 1].
-
-    Raises:
-        ImageInputError: not a PIL image, or one that is transparent everywhere.
-        ObjectComposeError: another `shape`, or a negative `margin`.
-    """
-    if shape not in ("pad", "stretch"):
-        raise ObjectComposeError(f'`shape` must be "pad" or "stretch", got {shape!r}.')
-    if margin < 0:
-        raise ObjectComposeError(f"`margin` must be at least 0, got {margin!r}.")
-    colour = torch.as_tensor(colour, dtype=torch.float32)
-    pixels = cut_out_pixels(image, colour, trim=shape == "pad")
-    if shape == "stretch":
-        return resize_pixels(pixels, (size, size))
-    return fit_pixels(pixels, (size, size), colour, margin)
-
-
-def encode_references(image_encoder: "Any", pixels: "torch.Tensor") -> "ReferenceFeatures":
-    """All features of M pictures from one pass of the encoder.
-
-    Args:
-        image_encoder: a `CLIPVisionModelWithProjection`.
-        pixels: normalised, `(M, 3, S, S)`, S as `encoder_side` says, on the device that the encoder runs on.
-
-    Raises:
-        CheckpointError: there is no image encoder.
-    """
-    encoder_side(image_encoder)
-    output = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True)
-    # The model keeps the pooled token to itself; its norm is read from inside, because calling the inner model instead
-    # would pass by the hooks that offloading puts on the outer one.
-    pooled = image_encoder.vision_model.post_layernorm(output.last_hidden_state[:, 0])
-    return ReferenceFeatures(pooled, output.image_embeds, output.hidden_states[-2])
-
-
-def null_features(image_encoder: "Any", device: "torch.device | str | None" = None) -> "ReferenceFeatures":
-    """What stands for "no reference", one row: zero vectors, and the grid of an all-zero normalised picture.
-
-    As IP-Adapter has it: adapters that read vectors are trained with zeros, those that read grids with a blank
-    picture.
-
-    Args:
-        image_encoder: a `CLIPVisionModelWithProjection`.
-        device: where the encoder runs; its own when None.
-
-    Raises:
-        CheckpointError: there is no image encoder.
-    """
-    side = encoder_side(image_encoder)
-    blank = torch.zeros(1, 3, side, side, device=image_encoder.device if device is None else device)
-    features = encode_references(image_encoder, blank)
-    return ReferenceFeatures(torch.zeros_like(features.pooled), torch.zeros_like(features.embeds), features.grid)
 
 
 # --- objectcompose.attention_processors.guided_keys_values
@@ -4565,6 +4651,22 @@ def grids_of(height: "int", width: "int", levels: "int") -> "list[tuple[int, int
     return grids
 
 
+def token_grid(num_tokens: "int", height: "int", width: "int") -> "tuple[int, int]":
+    """The grid `(h, w)` of `num_tokens` cells that halving a canvas' sides, rounding up, arrives at.
+
+    Raises:
+        RegionError: none has so many.
+    """
+    canvas = (height, width)
+    while height * width > num_tokens and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != num_tokens:
+        raise RegionError(
+            f"`num_tokens` must be the number of cells of a level of the canvas {canvas}, got {num_tokens}."
+        )
+    return height, width
+
+
 def region_area(region: "Any") -> "float":
     """Share of the canvas that a box or a mask `(H, W)` covers, in (0, 1]."""
     if isinstance(region, torch.Tensor) and region.ndim == 2:
@@ -4640,18 +4742,6 @@ def shared_ownership(regions: "torch.Tensor", orders: "Sequence[int]", areas: "S
     return (shares / shares.sum(0).clamp(min=1.0)).to(regions)
 
 
-def background_region(regions: "torch.Tensor") -> "torch.Tensor":
-    """What no region covers: 1 less the sum of the regions, at least 0.
-
-    Args:
-        regions: `(N, h, w)`, values in [0, 1]. N may be 0: all is background.
-
-    Returns:
-        `(h, w)`, values in [0, 1].
-    """
-    return (1.0 - regions.sum(0)).clamp(min=0.0)
-
-
 class RegionPyramid:
     """The regions of one picture on every grid of the UNet; each grid is built once.
 
@@ -4712,24 +4802,9 @@ class RegionPyramid:
             self._moved[key] = self._built[grid].to(device=device, dtype=dtype)
         return self._moved[key]
 
-    def grid_of_tokens(self, num_tokens: "int") -> "tuple[int, int]":
-        """The grid of the canvas' levels that has `num_tokens` cells.
-
-        Raises:
-            RegionError: none has.
-        """
-        height, width = self.canvas
-        while height * width > num_tokens and height * width > 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if height * width != num_tokens:
-            raise RegionError(
-                f"`num_tokens` must be the number of cells of a level of the canvas {self.canvas}, got {num_tokens}."
-            )
-        return height, width
-
     def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
     def _build(self, grid: "tuple[int, int]") -> "torch.Tensor":
         if not self.regions:
@@ -4775,7 +4850,7 @@ class RegionPyramidBatch:
 
     def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.pyramids[0].grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
 
 def _box_side(start: "float", stop: "float", count: "int", rule: "str") -> "torch.Tensor":
@@ -4997,24 +5072,14 @@ class SceneVectors:
     composite: "torch.Tensor | None"
 
 
-def check_locref_objects(objects: "Sequence[SceneObject]") -> "None":
+def check_locref_objects(objects: "Sequence[SceneObject]", method: "str") -> "None":
     """Check the objects of one prompt.
 
     Raises:
         MissingFieldError: a reference without a box, or an object with neither `image` nor `phrase`.
-        ObjectComposeError: too many objects.
     """
-    if len(objects) > MAX_LOCREF_OBJECTS:
-        raise ObjectComposeError(
-            f"`objects` must hold at most {MAX_LOCREF_OBJECTS} objects per prompt, got {len(objects)}."
-        )
-    for index, item in enumerate(objects):
-        if item.image is not None and item.box is None:
-            raise MissingFieldError(f"`box` is needed of every object with an `image`; objects[{index}] has none.")
-        if item.image is None and item.phrase is None and item.token is None:
-            raise MissingFieldError(
-                f"`image`, or a `phrase` to be painted from the prompt, is needed; objects[{index}] has neither."
-            )
+    require_object_fields(objects, [("image", "phrase", "token")], method)
+    require_object_fields(objects, ["box"], method, where="image")
 
 
 def locref_fields(item: "SceneObject") -> "tuple[str, ...]":
@@ -5257,6 +5322,11 @@ class _SoftmaxColumns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
+        with torch.autocast(grad.device.type, enabled=False):  # which may be on around the backward pass alone
+            return _SoftmaxColumns._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
         query, key, indices, bias, total, columns = ctx.saved_tensors
         # d column_t / d logit_k = column_t * (1[t is k] - probability_k)
         weighted = grad * columns
@@ -5532,15 +5602,6 @@ def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
             )
 
 
-def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
-    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
-    height, width = latent_height, latent_width
-    while height * width > num_tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
-    return height, width
-
-
 class PhraseMapRecorder:
     """Running mean of the attention maps of phrases.
 
@@ -5579,8 +5640,8 @@ class PhraseMapRecorder:
         if self._grid is None:
             self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
         for layer_map in maps.values():  # (B, HW, T)
-            membership = self._membership.to(layer_map.device)
-            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            self._membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ self._membership).transpose(1, 2)  # (B, N, HW)
             phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
             if phrase_map.shape[-2:] != self._grid:
                 phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
@@ -5666,7 +5727,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             height=height,
             width=width,
             num_images_per_prompt=num_images,
-            callback_on_step_end_tensor_inputs=tensor_inputs,
+            callback_on_step_end_tensor_inputs=tensor_inputs or (),
             attention_steps=steps,
         )
 
@@ -5681,7 +5742,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         check_number("eta", call.eta, minimum=0.0)
         check_count("num_images_per_prompt", call.num_images_per_prompt)
         check_picture_size(call.height, call.width, self.vae_scale_factor)
-        check_output_type(call.output_type)
+        check_output_type(call.output_type, self.vae)
         check_schedule(self.scheduler, call.num_inference_steps, call.timesteps, call.sigmas)
         use_guidance = call.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
@@ -5842,6 +5903,9 @@ class SamplingMixin(StableDiffusionStepsMixin):
             use_parts(self.unet, all_parts) as installed,
             self.progress_bar(total=state.num_inference_steps) as progress_bar,
         ):
+            if sum(part.kind == "branch" and part.mode == "replace" for part in all_parts) > 1:
+                halves = 2 if self.do_classifier_free_guidance else 1
+                prepare_parts(self.unet, state.latents.repeat(halves, 1, 1, 1))  # conflicts show before any step
             for i, t in enumerate(state.schedule):
                 if self.interrupt:
                     continue
@@ -5892,6 +5956,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         assert call.callback_on_step_end is not None
         tensors = {name: getattr(state, name) for name in call.callback_on_step_end_tensor_inputs}
         returned = call.callback_on_step_end(self, step, timestep, tensors)
+        if returned is None:
+            return
         for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
             setattr(state, name, returned.pop(name, getattr(state, name)))
 
@@ -6185,14 +6251,14 @@ class LocRefPipeline(
         self.register_modules(adapter=adapter)
 
     def check_inputs(
-        self, call: "CallArguments", objects: "Any", settings: "FusionSettings", return_composite: "bool" = False
+        self, call: "CallArguments", objects: "Any", options: "Mapping[str, Any]", return_composite: "bool" = False
     ) -> "tuple[list[list[PlacedObject]], list[ReferenceScene], list[str]]":
         """Refuse what a call cannot use, before any model runs.
 
         Args:
             call: the shared arguments.
             objects: as in `__call__`.
-            settings: what `fusion_settings` returned.
+            options: those of the fusion that the call gives, of `FusionSettings` and `null_references`.
             return_composite: as in `__call__`.
 
         Returns:
@@ -6203,47 +6269,30 @@ class LocRefPipeline(
             ObjectComposeError: or one of its subclasses, all of them `ValueError`; the message names the argument.
         """
         batch_size = self.check_call(call)
-        for name in ("ci_scale", "ri_scale", "gamma"):
-            check_number(name, getattr(settings, name), minimum=0.0)
+        for name, value in options.items():
+            if name in ("region_mask", "null_references"):
+                check_switch(name, value)
+            else:
+                check_number(name, value, minimum=0.0)
         rows = as_scene_objects(objects, batch_size)
+        check_object_count(rows, MAX_LOCREF_OBJECTS)
         for row in rows:
-            check_locref_objects(row)
-        if any(has_reference(item) for row in rows for item in row):
-            self.check_encoders()
+            check_locref_objects(row, type(self).__name__)
+        if options and all(item.image is None for row in rows for item in row):
+            raise ObjectComposeError(f"`{next(iter(options))}` needs `objects` with an `image`, got none.")
+        has_references = any(has_reference(item) for row in rows for item in row)
+        own_layers = self.check_encoders() if has_references else []
         if return_composite and (self.adapter is None or self.adapter.config.composite != "image"):
             raise ObjectComposeError("`return_composite=True` needs an `adapter` that reads a composite image.")
         canvas = (call.height, call.width)
         placed = place_objects(self.tokenizer, call.prompt, rows, canvas, locref_fields)
         scenes = [reference_scene(row, self.latent_size(*canvas)) for row in rows]
-        has_references = any(scene.references for scene in scenes)
-        own_layers = list(self.adapter.config.layer_widths) if has_references else []
         return placed, scenes, self.check_attention(call, placed, own_layers)
 
-    def check_encoders(self) -> "None":
-        """Raise `CheckpointError` unless there are an adapter and an image encoder that fit one another."""
-        if self.adapter is None:
-            raise CheckpointError(
-                "`adapter` is needed for objects with an `image`, got None: give one to the pipeline, or call"
-                " `load_adapter`."
-            )
-        encoder_side(self.image_encoder)
-        config = self.image_encoder.config
-        feature, wanted = self.adapter.config.feature, self.adapter.config.image_width
-        width = config.hidden_size if feature == "pooled" else config.projection_dim
-        if width != wanted:
-            raise CheckpointError(
-                f"`image_encoder` must give the adapter vectors of width {wanted} ({feature}), got one that gives"
-                f" {width}."
-            )
-
-    def fusion_settings(
-        self, ci_scale: "float | None", ri_scale: "float | None", gamma: "float | None", region_mask: "bool | None"
-    ) -> "FusionSettings":
+    def fusion_settings(self, options: "Mapping[str, Any]") -> "FusionSettings":
         """Strengths and switches of a call: what it gives, else what the adapter was trained for."""
-        given = {"ci_scale": ci_scale, "ri_scale": ri_scale, "gamma": gamma, "region_mask": region_mask}
-        config = None if self.adapter is None else self.adapter.config
-        default = {} if config is None else {name: getattr(config, name) for name in given}
-        return FusionSettings(**{**default, **{name: value for name, value in given.items() if value is not None}})
+        names = [field.name for field in fields(FusionSettings)]
+        return FusionSettings(**{name: options.get(name, getattr(self.adapter.config, name)) for name in names})
 
     @torch.no_grad()
     @describes_shared_arguments
@@ -6293,7 +6342,8 @@ class LocRefPipeline(
                 `phrase` of it. `scale` 0 is as if there were no `image`; any other multiplies the attention to the
                 object's own reference (with `ri_scale`), and neither its part of the composite image nor how much of
                 the text stays in its box (`gamma`).
-            ci_scale: strength of the composite image, at least 0. Default, here and below: the adapter's.
+            ci_scale: strength of the composite image, at least 0. Default, here and below: the adapter's. This and the
+                four below need an object with an `image`.
             ri_scale: strength of the references, at least 0.
             gamma: share of the text that stays inside the boxes, at least 0.
             region_mask: whether each reference acts in its own box only; False is an ablation.
@@ -6311,8 +6361,15 @@ class LocRefPipeline(
         """
         # 1. Refuse bad input; place the objects
         call = self.take_arguments(locals())
-        settings = self.fusion_settings(ci_scale, ri_scale, gamma, region_mask)
-        placed, scenes, map_layers = self.check_inputs(call, objects, settings, return_composite)
+        options = {
+            "ci_scale": ci_scale,
+            "ri_scale": ri_scale,
+            "gamma": gamma,
+            "region_mask": region_mask,
+            "null_references": null_references,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        placed, scenes, map_layers = self.check_inputs(call, objects, options, return_composite)
         warn_unused_fields(placed, type(self).__name__, self._warned_unused)
         placed = [row for row in placed for _ in range(call.num_images_per_prompt)]  # per prompt -> per picture
 
@@ -6325,8 +6382,9 @@ class LocRefPipeline(
             vectors = encode_scenes(
                 scenes, canvas, self.image_encoder, self.feature_extractor, self.adapter, state.device
             )
-            null_references = self.adapter.config.null_references if null_references is None else null_references
-            with_nulls = self.do_classifier_free_guidance and null_references
+            with_nulls = options.get("null_references", self.adapter.config.null_references)
+            with_nulls = with_nulls and self.do_classifier_free_guidance
+            settings = self.fusion_settings(options)
             own_parts = scene_parts(self.adapter, scenes, vectors, settings, call.num_images_per_prompt, with_nulls)
         composite = None
         if return_composite:

@@ -16,6 +16,7 @@ import diffusers
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import numpy as np
@@ -122,9 +123,9 @@ class CallArguments:
         guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
-            return tensors that replace the loop's.
+            return a dict of tensors that replace the loop's.
         callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
-            "negative_prompt_embeds".
+            "negative_prompt_embeds"; None: none.
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -1005,6 +1006,21 @@ def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) 
             _exchange_processor(modules[name], processor)
 
 
+@contextmanager
+def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def _compose_processor(
     name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
 ) -> "ComposedAttnProcessor":
@@ -1267,6 +1283,22 @@ def grids_of(height: "int", width: "int", levels: "int") -> "list[tuple[int, int
     return grids
 
 
+def token_grid(num_tokens: "int", height: "int", width: "int") -> "tuple[int, int]":
+    """The grid `(h, w)` of `num_tokens` cells that halving a canvas' sides, rounding up, arrives at.
+
+    Raises:
+        RegionError: none has so many.
+    """
+    canvas = (height, width)
+    while height * width > num_tokens and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != num_tokens:
+        raise RegionError(
+            f"`num_tokens` must be the number of cells of a level of the canvas {canvas}, got {num_tokens}."
+        )
+    return height, width
+
+
 def region_area(region: "Any") -> "float":
     """Share of the canvas that a box or a mask `(H, W)` covers, in (0, 1]."""
     if isinstance(region, torch.Tensor) and region.ndim == 2:
@@ -1342,18 +1374,6 @@ def shared_ownership(regions: "torch.Tensor", orders: "Sequence[int]", areas: "S
     return (shares / shares.sum(0).clamp(min=1.0)).to(regions)
 
 
-def background_region(regions: "torch.Tensor") -> "torch.Tensor":
-    """What no region covers: 1 less the sum of the regions, at least 0.
-
-    Args:
-        regions: `(N, h, w)`, values in [0, 1]. N may be 0: all is background.
-
-    Returns:
-        `(h, w)`, values in [0, 1].
-    """
-    return (1.0 - regions.sum(0)).clamp(min=0.0)
-
-
 class RegionPyramid:
     """The regions of one picture on every grid of the UNet; each grid is built once.
 
@@ -1414,24 +1434,9 @@ class RegionPyramid:
             self._moved[key] = self._built[grid].to(device=device, dtype=dtype)
         return self._moved[key]
 
-    def grid_of_tokens(self, num_tokens: "int") -> "tuple[int, int]":
-        """The grid of the canvas' levels that has `num_tokens` cells.
-
-        Raises:
-            RegionError: none has.
-        """
-        height, width = self.canvas
-        while height * width > num_tokens and height * width > 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if height * width != num_tokens:
-            raise RegionError(
-                f"`num_tokens` must be the number of cells of a level of the canvas {self.canvas}, got {num_tokens}."
-            )
-        return height, width
-
     def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
     def _build(self, grid: "tuple[int, int]") -> "torch.Tensor":
         if not self.regions:
@@ -1477,7 +1482,7 @@ class RegionPyramidBatch:
 
     def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.pyramids[0].grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
 
 def _box_side(start: "float", stop: "float", count: "int", rule: "str") -> "torch.Tensor":
@@ -2069,9 +2074,10 @@ def subject_token_mass(maps: "Mapping[str, torch.Tensor]", owners: "torch.Tensor
         owners: `(B, T, S)`, 1 where token T counts for subject S; the end token counts for every subject.
 
     Returns:
-        Layer name to `(B, heads, HW, S)`.
+        Layer name to `(B, heads, HW, S)`, float32 also under `torch.autocast`.
     """
-    return {name: torch.einsum("bhqt,bts->bhqs", columns, owners.to(columns)) for name, columns in maps.items()}
+    with torch.autocast(owners.device.type, enabled=False):
+        return {name: torch.einsum("bhqt,bts->bhqs", columns, owners.to(columns)) for name, columns in maps.items()}
 
 
 def box_control_loss(
@@ -2198,7 +2204,7 @@ class SubjectRegions:
         """The regions on the grid with `num_tokens` cells, `(B, S, h, w)`, {0, 1}."""
         if self._refined is None:
             return self.boxes.at_tokens(num_tokens, device)
-        grid = self.boxes.pyramids[0].grid_of_tokens(num_tokens)
+        grid = token_grid(num_tokens, *self.boxes.canvas)
         masks = F.interpolate(self._refined, size=grid, mode="nearest-exact")
         return masks.to(device)
 
@@ -2535,6 +2541,11 @@ class _SoftmaxColumns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
+        with torch.autocast(grad.device.type, enabled=False):  # which may be on around the backward pass alone
+            return _SoftmaxColumns._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
         query, key, indices, bias, total, columns = ctx.saved_tensors
         # d column_t / d logit_k = column_t * (1[t is k] - probability_k)
         weighted = grad * columns
@@ -2774,13 +2785,16 @@ class BoxControlOptions:
         step_sizes: of the descent, at the first guided step and where it would be after the last.
         cross_weight, self_weight: weights of the losses on cross- and self-attention.
         penalty: out-of-box penalty with its decay, with its first weight throughout, or none (in-box reward only).
-        penalty_weights: its weight at first, where the linear part ends, and at the end.
+        penalty_weights: its weight at first, where the linear part ends, and the least; with less than 15 guided steps
+            the last one stands a little above the least.
         stop_below: no further iteration for a picture whose loss per subject is below.
         stop_on: the loss with the penalty, or the reward alone.
         subjects_in_reward: count the background mass times the number of subjects, as Bounded Attention does.
         attention: control both kinds of attention, by masks and loss, or one of them.
         padding: whether padding of the prompt is masked as its end token is, or never. Stable Diffusion does with
             "open"; models that read most from their padding, as small ones may, need "like_end".
+        filtered_words: words or phrases of the prompt that no cell sees, also within a subject's phrase, but for one
+            that would have none left; None: English function words, numbers and digits; an empty list hides none.
         refine: replace boxes by masks from clustering.
         refine_start, refine_period: first step with refined masks and steps between rebuilds; None: 15 and 5 of 50, in
             proportion.
@@ -2802,6 +2816,7 @@ class BoxControlOptions:
     subjects_in_reward: "bool" = False
     attention: "Literal['both', 'self', 'cross']" = "both"
     padding: "PaddingRule" = "open"
+    filtered_words: "Collection[str] | None" = None
     refine: "bool" = True
     refine_start: "int | None" = None
     refine_period: "int | None" = None
@@ -2828,6 +2843,10 @@ class BoxControlOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ObjectComposeError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        words = self.filtered_words
+        is_list = isinstance(words, Collection) and not isinstance(words, str)
+        if words is not None and not (is_list and all(isinstance(word, str) and word.strip() for word in words)):
+            raise ObjectComposeError(f"`filtered_words` must be a list of words, got {words!r}.")
 
     @property
     def kinds(self) -> "tuple[str, ...]":
@@ -2959,7 +2978,7 @@ class BoxControlRun:
         losses: "list[torch.Tensor]" = []
         self.losses.append(losses)
         probes = [self._loss_probes[kind] for kind in options.kinds]
-        with use_parts(self.unet, probes, outer_probes=False), _without_parameter_gradients(self.unet):
+        with use_parts(self.unet, probes, outer_probes=False), frozen_parameters([self.unet]):
             for _ in range(options.iterations):
                 with torch.enable_grad():
                     model_input = scale_input(latents).detach().requires_grad_()
@@ -3032,19 +3051,6 @@ def _token_owners(
             for index in {prompt.end_index, *indices}:
                 owners[row, measured.index(index), column] = 1.0
     return owners
-
-
-@contextmanager
-def _without_parameter_gradients(model: "Any") -> "Iterator[None]":
-    """No gradients for a model's parameters inside the block, so that no activation is kept for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 # --- objectcompose.attention_processors.compiled
@@ -3319,7 +3325,7 @@ def as_scene_objects(objects: "Any", batch_size: "int") -> "list[list[SceneObjec
 def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str, ...]":
     """The fields that `obj` sets to something other than their default and that are not among `used`.
 
-    A method puts them into `output.objects[i].unused`. Field order of `SceneObject`.
+    A method puts them into `output.objects[picture][i].unused`. Field order of `SceneObject`.
     """
     used = set(used)
     assert used <= set(OBJECT_FIELDS), f"no such fields: {sorted(used - set(OBJECT_FIELDS))}"
@@ -3328,7 +3334,7 @@ def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str,
 
 
 def require_object_fields(
-    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str"
+    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str", where: "str | None" = None
 ) -> "None":
     """Check that each object has the fields that a method needs.
 
@@ -3336,17 +3342,21 @@ def require_object_fields(
         objects: the objects of one prompt.
         needed: field names; a tuple of names means that one of them is enough, as in `("mask", "box")`.
         method: the name of the method, for the message.
+        where: only objects that have this field; None: all.
 
     Raises:
         MissingFieldError: names the object, the field and the method.
     """
+    which = "every object" if where is None else f"every object with `{where}`"
     for index, obj in enumerate(objects):
+        if where is not None and getattr(obj, where) is None:
+            continue
         for names in needed:
             names = (names,) if isinstance(names, str) else tuple(names)
             if all(getattr(obj, name) is None for name in names):
                 wanted = " or ".join(f"`{name}`" for name in names)
                 raise MissingFieldError(
-                    f"{method} needs {wanted} of every object; objects[{index}] has none: {shown_value(obj)}."
+                    f"{method} needs {wanted} of {which}; objects[{index}] has none: {shown_value(obj)}."
                 )
 
 
@@ -3493,9 +3503,14 @@ def _coco_box(bbox: "Any", width: "Any", height: "Any") -> "tuple[float, float, 
 def _listing_prompt(objects: "Sequence[SceneObject]") -> "str":
     names = [obj.phrase or "thing" for obj in objects]
     things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    if not things:
+    return prompt_of_phrases(things)
+
+
+def prompt_of_phrases(phrases: "Sequence[str]") -> "str":
+    """The phrases as a caption lists them: "a photo of a dog, a cup and two birds"; empty without phrases."""
+    if not phrases:
         return ""
-    return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
+    return "a photo of " + (", ".join(phrases[:-1]) + " and " if phrases[1:] else "") + phrases[-1]
 
 
 def _one_prompts_objects(entries: "Sequence[Any]", name: "str") -> "list[SceneObject]":
@@ -3722,15 +3737,6 @@ def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
             )
 
 
-def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
-    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
-    height, width = latent_height, latent_width
-    while height * width > num_tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
-    return height, width
-
-
 class PhraseMapRecorder:
     """Running mean of the attention maps of phrases.
 
@@ -3769,8 +3775,8 @@ class PhraseMapRecorder:
         if self._grid is None:
             self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
         for layer_map in maps.values():  # (B, HW, T)
-            membership = self._membership.to(layer_map.device)
-            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            self._membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ self._membership).transpose(1, 2)  # (B, N, HW)
             phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
             if phrase_map.shape[-2:] != self._grid:
                 phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
@@ -3792,6 +3798,10 @@ class PhraseMapRecorder:
 
 # --- objectcompose.pipelines.gradient_passes
 
+#: Hooks of diffusers that exchange weights around a forward pass, so that a backward pass meets others.
+_WEIGHT_HOOKS = {"group_offloading": "group offloading", "layerwise_casting": "layerwise casting"}
+
+
 def check_gradients_allowed(unet: "Any", argument: "str", remedy: "str") -> "None":
     """Refuse what needs gradients where inference mode, of the call or of the weights, forbids them.
 
@@ -3809,6 +3819,32 @@ def check_gradients_allowed(unet: "Any", argument: "str", remedy: "str") -> "Non
         raise ObjectComposeError(
             f"`{argument}` needs gradients, which a `unet` that was made in inference mode forbids; {remedy}."
         )
+
+
+def check_weights_stay(models: "Mapping[str, Any]", argument: "str", remedy: "str") -> "None":
+    """Refuse what needs gradients through models whose weights are gone, or others, after a forward pass.
+
+    Args:
+        models: by the names of their components; None is none.
+        argument: what asks for gradients, for the message.
+        remedy: what to do instead, likewise.
+
+    Raises:
+        ObjectComposeError: a model is offloaded by groups, or stored in another dtype than it computes in.
+    """
+    for component, model in models.items():
+        for module in [] if model is None else model.modules():
+            for hook, what in _WEIGHT_HOOKS.items():
+                if has_model_hook(module, hook):
+                    raise ObjectComposeError(
+                        f"`{argument}` needs gradients through `{component}`, which {what} forbids, since it changes"
+                        f" the weights before the backward pass; {remedy}."
+                    )
+
+
+def has_model_hook(module: "Any", name: "str") -> "bool":
+    """Whether a module itself has a hook of diffusers' registry."""
+    return hasattr(module, "_diffusers_hook") and name in module._diffusers_hook.hooks
 
 
 @contextmanager
@@ -3852,23 +3888,26 @@ _IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLUR
 
 
 def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
-    """`text` with every learned placeholder of several vectors written out, as diffusers does before it encodes.
+    """`text` with every learned placeholder of several vectors written out, for encoding and for locating alike.
 
     A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
-    "<cat-toy> <cat-toy>_1 <cat-toy>_2". Text that is written out already stays as it is.
+    "<cat-toy> <cat-toy>_1 <cat-toy>_2", as in diffusers. Unlike there, text that is written out already stays as it
+    is, and so does a longer token that begins with a placeholder's name.
     """
     added = tokenizer.get_added_vocab()
-    for token in added:
-        if token not in text or f"{token}_1" not in added:
-            continue
-        count = 1
-        while f"{token}_{count}" in added:
-            count += 1
-        written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
-        first = re.escape(token)
-        # Backslashes of the replacement are doubled because `sub` would read them as references.
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
-    return text
+    if not any(f"{token}_1" in added for token in added):
+        return text
+    tokens = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))  # the longest match counts
+
+    def written_out(found: "re.Match[str]") -> "str":
+        token = found.group()
+        follower = re.compile(rf"\s+({tokens})").match(text, found.end())
+        if follower is not None and follower[1] == f"{token}_1":
+            return token
+        further = itertools.takewhile(added.__contains__, (f"{token}_{index}" for index in itertools.count(1)))
+        return " ".join([token, *further])
+
+    return re.sub(tokens, written_out, text)
 
 
 def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
@@ -3929,7 +3968,7 @@ def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int
     return list(range(*places[occurrence]))
 
 
-def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "list[list[int]]":
+def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]", may_share: "bool" = False) -> "list[list[int]]":
     """Positions of several phrases, each at a place of its own.
 
     A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
@@ -3937,15 +3976,18 @@ def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "
     in plural or singular.
 
     Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
+            "dogs" in "two dogs" are one place.
 
     Returns:
-        One list of positions per phrase, in the order of `phrases`; no position is in two of them.
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
+        places.
     """
     reader = _PromptReader(tokenizer, prompt)
     if isinstance(phrases, str):
         raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
-    lengths = [len(reader.phrase_ids(phrase)) for phrase in phrases]
-    longest_first = sorted(range(len(phrases)), key=lambda index: -lengths[index])
+    ids = [reader.phrase_ids(phrase) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
     chosen: "dict[int, tuple[int, int]]" = {}
     for places_of in (reader.exact_places, reader.inflected_places):
         for index in longest_first:
@@ -3956,33 +3998,26 @@ def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "
             if place is not None:
                 chosen[index] = place
     for index, phrase in enumerate(phrases):
-        if index not in chosen:
-            same = sum(phrases[other] == phrase for other in chosen)
-            raise reader.not_found(phrase, found=same, wanted=list(phrases).count(phrase))
+        if index in chosen:
+            continue
+        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
+        if not (may_share and same):
+            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
+        chosen[index] = same[-1]
     return [list(range(*chosen[index])) for index in range(len(phrases))]
 
 
-def find_phrases_all(
-    tokenizers: "Sequence[Any]", prompts: "str | Sequence[str]", phrases: "Sequence[str]"
-) -> "list[list[list[int]]]":
-    """`find_phrases` for each of a model's tokenizers (SDXL has two).
+def find_everywhere(tokenizer: "Any", prompt: "str", phrases: "Iterable[str]") -> "list[int]":
+    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
 
-    Args:
-        tokenizers: the tokenizers in the order of the text encoders; None entries are left out.
-        prompts: the prompt of all encoders, or one per tokenizer.
-        phrases: as in `find_phrases`.
+    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
 
     Returns:
-        For each tokenizer, one list of positions per phrase.
-
-    Raises:
-        LayoutError: another number of prompts than tokenizers; else as in `find_phrases`.
+        Positions in rising order, each once.
     """
-    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    texts = [prompts] * len(tokenizers) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(tokenizers):
-        raise LayoutError(f"`prompts` must be one per tokenizer ({len(tokenizers)}), got {len(texts)}.")
-    return [find_phrases(tokenizer, text, phrases) for tokenizer, text in zip(tokenizers, texts, strict=True)]
+    reader = _PromptReader(tokenizer, prompt)
+    places = (place for phrase in phrases for place in reader.exact_places(phrase))
+    return sorted({position for place in places for position in range(*place)})
 
 
 class _PromptReader:
@@ -4097,6 +4132,7 @@ def place_phrases(
     canvas: "tuple[int, int]",
     used: "Iterable[str]",
     method: "str",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """Find each object's phrase in its prompt.
 
@@ -4107,13 +4143,15 @@ def place_phrases(
         canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
+        may_share: objects of the same phrase that find no place of their own share the last one that it has, as the
+            dogs of "two dogs" do; else they are refused.
 
     Returns:
         B lists, one `PlacedObject` per object.
 
     Raises:
         MissingFieldError: an object has neither `phrase` nor `token`.
-        PhraseNotFoundError: a phrase does not occur in its prompt.
+        PhraseNotFoundError: a phrase does not occur in its prompt, or not often enough.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
         RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
@@ -4124,14 +4162,10 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
-    for prompt, row in zip(texts, rows, strict=True):
-        for index, item in enumerate(row):
-            if _object_name(item) is None:
-                raise MissingFieldError(
-                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
-                )
+    for row in rows:
+        require_object_fields(row, [("phrase", "token")], method)
     used = tuple(used)
-    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used, may_share)
 
 
 def place_objects(
@@ -4140,6 +4174,7 @@ def place_objects(
     rows: "Sequence[Sequence[SceneObject]]",
     canvas: "tuple[int, int]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
 
@@ -4149,6 +4184,7 @@ def place_objects(
         rows: per prompt its objects.
         canvas: height and width of the picture, in pixels.
         used_fields: the fields that the method uses of an object.
+        may_share: as in `place_phrases`.
 
     Raises:
         PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
@@ -4162,7 +4198,7 @@ def place_objects(
     if tokenizer is None:
         raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+    return [_place_row(tokenizer, text, row, used_fields, may_share) for text, row in zip(texts, rows, strict=True)]
 
 
 def _object_name(item: "SceneObject") -> "str | None":
@@ -4174,9 +4210,10 @@ def _place_row(
     prompt: "str",
     objects: "Sequence[SceneObject]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool",
 ) -> "list[PlacedObject]":
     names = [name for name in map(_object_name, objects) if name is not None]
-    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
+    positions = iter(find_phrases(tokenizer, prompt, names, may_share) if names else [])
     placed: "list[PlacedObject]" = []
     seen: "dict[str, int]" = {}
     for item in objects:
@@ -4233,21 +4270,25 @@ FUNCTION_WORDS = frozenset(
 _WORD_MARK = "</w>"
 
 
-def function_word_positions(tokenizer: "Any", prompt: "str", words: "Collection[str]" = FUNCTION_WORDS) -> "list[int]":
-    """Positions of function words and digits in the encoded prompt (start token = 0).
+def function_word_positions(tokenizer: "Any", prompt: "str", words: "Collection[str] | None" = None) -> "list[int]":
+    """Positions of function words in the encoded prompt (start token = 0).
 
     Args:
         tokenizer: a CLIP tokenizer.
         prompt: the text as the user wrote it.
-        words: what counts as a function word, in lower case.
+        words: what counts as one, words or phrases; None: `FUNCTION_WORDS` and digits.
     """
+    if words is not None:
+        return find_everywhere(tokenizer, prompt, words)
     pieces = tokenizer.convert_ids_to_tokens(prompt_token_ids(tokenizer, prompt))
     stand_alone = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # have no end mark
     positions = []
     for position in range(1, len(pieces) - 1):
         before, piece = pieces[position - 1], pieces[position]
         begins_word = before.endswith(_WORD_MARK) or before in stand_alone
-        is_word = begins_word and piece.endswith(_WORD_MARK) and piece.removesuffix(_WORD_MARK).lower() in words
+        is_word = (
+            begins_word and piece.endswith(_WORD_MARK) and piece.removesuffix(_WORD_MARK).lower() in FUNCTION_WORDS
+        )
         if is_word or (piece not in stand_alone and piece.removesuffix(_WORD_MARK).isdigit()):
             positions.append(position)
     return positions
@@ -4270,7 +4311,11 @@ def check_placeholders(tokenizer: "Any", objects: "Sequence[SceneObject]") -> "N
 
 
 def prompt_subjects(
-    tokenizer: "Any", prompt: "str", objects: "Sequence[SceneObject]", placed: "Sequence[PlacedObject]"
+    tokenizer: "Any",
+    prompt: "str",
+    objects: "Sequence[SceneObject]",
+    placed: "Sequence[PlacedObject]",
+    filtered_words: "Collection[str] | None" = None,
 ) -> "PromptSubjects":
     """The subjects of one prompt.
 
@@ -4283,9 +4328,10 @@ def prompt_subjects(
         prompt: the text as the user wrote it.
         objects: S of them.
         placed: where their phrases are, in the same order.
+        filtered_words: what counts as a function word; see `function_word_positions`.
     """
     ids = prompt_token_ids(tokenizer, prompt)
-    filtered = set(function_word_positions(tokenizer, prompt)) if objects else set()
+    filtered = set(function_word_positions(tokenizer, prompt, filtered_words)) if objects else set()
     tokens, leading = [], []
     for item, where in zip(objects, placed, strict=True):
         named = tuple(index for index in where.token_indices if index not in filtered) or where.token_indices
@@ -4345,7 +4391,8 @@ class MIFOBoxControl:
 
     Args:
         objects: `SceneObject`s or dicts, one list for all prompts or one per prompt. Each needs a `phrase` of the
-            prompt or a learned `token`, and a `box` or `mask` (where both are given, the mask).
+            prompt or a learned `token`, and a `box` or `mask` (where both are given, the mask). Objects of one phrase
+            take its places in the prompt in turn; those left over share the last one, as the dogs of "two dogs" do.
         options: `BoxControlOptions`, or a dict with some of its and `RefinementOptions`' fields.
         loss_layers: attention layers that the loss reads, a regex or a list of names; None: see `control_layers`.
         map_layers: those whose maps refine the masks, all of one grid; None likewise.
@@ -4375,13 +4422,14 @@ class MIFOBoxControl:
 
         Raises:
             ObjectComposeError: or one of its subclasses; see `controlled_prompts` and `choose_layers`. Or steps are
-                guided in inference mode.
+                guided in inference mode, under group offloading or layerwise casting.
         """
         prompts = [prompt for prompt in self.controlled_prompts(pipeline, call) if prompt.placed]
         if not prompts or self.options.guided_steps == 0:
             return
         remedy = "call it in `torch.no_grad` alone, or use `guided_steps` 0 for masks without guidance"
         check_gradients_allowed(pipeline.unet, "guided_steps", remedy)
+        check_weights_stay({"unet": pipeline.unet}, "guided_steps", "use `guided_steps=0` for masks without guidance")
         grids = self._loss_grids(pipeline.unet, pipeline.latent_size(call.height, call.width))
         covered = [all(bool((prompt.pyramid.at(grid) > 0).any(0).all()) for grid in grids) for prompt in prompts]
         if any(covered):
@@ -4420,7 +4468,9 @@ class MIFOBoxControl:
             if pipeline.tokenizer is not None:
                 check_placeholders(pipeline.tokenizer, row)
         used = ("phrase", "token", "box", "mask")
-        placed = place_phrases(pipeline.tokenizer, call.prompt, rows, (call.height, call.width), used, self.method)
+        placed = place_phrases(
+            pipeline.tokenizer, call.prompt, rows, (call.height, call.width), used, self.method, may_share=True
+        )
         assert texts is not None  # `place_phrases` refuses objects without a prompt
         layers = self.choose_layers(pipeline.unet, canvas)
         # Something on every layer, as the masks will be: the processors there must be replaceable.
@@ -4453,7 +4503,8 @@ class MIFOBoxControl:
             raise RegionError(
                 f"`objects` must be at most {limit} on the grid {layers.map_grid}, got {len(objects)} for {prompt!r}."
             )
-        return ControlledPrompt(prompt_subjects(tokenizer, prompt, objects, placed), pyramid, placed)
+        subjects = prompt_subjects(tokenizer, prompt, objects, placed, self.options.filtered_words)
+        return ControlledPrompt(subjects, pyramid, placed)
 
     def choose_layers(self, unet: "Any", canvas: "tuple[int, int]") -> "ControlLayers":
         """The layers that loss and refinement read; `canvas` is (h, w) of the latents.
@@ -4547,7 +4598,10 @@ class BoundBoxControl:
 
         # Schedulers of second order start every other step from latents that they stored, whatever these here are.
         is_kept = getattr(self.pipeline.scheduler, "state_in_first_order", True)
-        return self.run.before_step(step, latents, scale_input, forward, is_kept)
+        moved = self.run.before_step(step, latents, scale_input, forward, is_kept)
+        if hasattr(self.pipeline.scheduler, "last_sample") and not torch.equal(moved, latents):
+            self.pipeline.scheduler.last_sample = None  # from where UniPC's corrector would do the last step anew
+        return moved
 
     def _has_foreign_parts(self) -> "bool":
         """Whether masks or branches of others are installed, which change what the layers compute."""
@@ -4808,7 +4862,7 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
     ) -> "torch.Tensor":
         """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
         max_length = self.tokenizer.model_max_length if max_length is None else max_length
-        texts = self.expand_placeholders(texts)
+        texts = [expand_placeholders(self.tokenizer, text) for text in texts]
         inputs = self.tokenizer(
             texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
         )
@@ -4835,12 +4889,6 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
                 steps_logger.warning(
                     f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
                 )
-
-    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
-        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
-        if isinstance(self, TextualInversionLoaderMixin):
-            return self.maybe_convert_prompt(list(texts), self.tokenizer)
-        return list(texts)
 
     # ---- latents and scheduler
 
@@ -5025,6 +5073,12 @@ def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "
         raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
 
 
+def check_switch(name: "str", value: "Any") -> "None":
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ObjectComposeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
     """Raise unless both sides are multiples of 8 and of the VAE's factor."""
     multiple = math.lcm(8, vae_scale_factor)
@@ -5034,10 +5088,19 @@ def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> 
             raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
 
 
-def check_output_type(output_type: "Any") -> "None":
-    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
+def check_output_type(output_type: "Any", vae: "Any") -> "None":
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`, and there is a VAE for all but "latent"."""
     if output_type not in OUTPUT_TYPES:
         raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if vae is None and output_type != "latent":
+        raise CheckpointError(f'`vae` is needed for `output_type` {output_type!r}, got None; "latent" does without.')
+
+
+def check_object_count(rows: "Sequence[Sequence[Any]]", maximum: "int") -> "None":
+    """Raise `LayoutError` unless each prompt has at most `maximum` objects."""
+    largest = max(map(len, rows))
+    if largest > maximum:
+        raise LayoutError(f"`objects` must hold at most {maximum} objects per prompt, got {largest}.")
 
 
 def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
@@ -5200,7 +5263,7 @@ def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "
     """Raise unless the callback can be called and asks only for tensors that the loop has."""
     if callback is not None and not callable(callback):
         raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
-    unknown = [name for name in tensor_inputs or () if name not in allowed]
+    unknown = [name for name in tensor_inputs if name not in allowed]
     if unknown:
         raise ObjectComposeError(
             f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
@@ -5306,7 +5369,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             height=height,
             width=width,
             num_images_per_prompt=num_images,
-            callback_on_step_end_tensor_inputs=tensor_inputs,
+            callback_on_step_end_tensor_inputs=tensor_inputs or (),
             attention_steps=steps,
         )
 
@@ -5321,7 +5384,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         check_number("eta", call.eta, minimum=0.0)
         check_count("num_images_per_prompt", call.num_images_per_prompt)
         check_picture_size(call.height, call.width, self.vae_scale_factor)
-        check_output_type(call.output_type)
+        check_output_type(call.output_type, self.vae)
         check_schedule(self.scheduler, call.num_inference_steps, call.timesteps, call.sigmas)
         use_guidance = call.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
@@ -5482,6 +5545,9 @@ class SamplingMixin(StableDiffusionStepsMixin):
             use_parts(self.unet, all_parts) as installed,
             self.progress_bar(total=state.num_inference_steps) as progress_bar,
         ):
+            if sum(part.kind == "branch" and part.mode == "replace" for part in all_parts) > 1:
+                halves = 2 if self.do_classifier_free_guidance else 1
+                prepare_parts(self.unet, state.latents.repeat(halves, 1, 1, 1))  # conflicts show before any step
             for i, t in enumerate(state.schedule):
                 if self.interrupt:
                     continue
@@ -5532,6 +5598,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         assert call.callback_on_step_end is not None
         tensors = {name: getattr(state, name) for name in call.callback_on_step_end_tensor_inputs}
         returned = call.callback_on_step_end(self, step, timestep, tensors)
+        if returned is None:
+            return
         for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
             setattr(state, name, returned.pop(name, getattr(state, name)))
 
@@ -6294,7 +6362,8 @@ class MIFOPipeline(
 
         Args:
             objects: `SceneObject`s or dicts, one list for all prompts or one per prompt. Each needs a learned `token`
-                or a `phrase`, that occurs in the prompt, and a `box` or `mask`.
+                or a `phrase`, that occurs in the prompt, and a `box` or `mask`. Several may share one place: "dogs"
+                twice, with two boxes, in "a photo of two dogs".
             box_control: `BoxControlOptions`, or a dict with some of its and `RefinementOptions`' fields, such as
                 `{"penalty": "none"}`, `{"attention": "self"}`, `{"refine": False}` or `{"guided_steps": 0}`.
             use_box_control: False paints the prompt alone; the objects are still found and checked.

@@ -1,5 +1,5 @@
 # Generated from objectcompose.pipelines.pipeline_object_prompt by `make hub-files`: change the sources, not this file.
-# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.object_prompt_adapter, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.image_prompts, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.pipelines.gradient_passes, objectcompose.pipelines.reference_images, objectcompose.pipelines.object_matching, objectcompose.pipelines.token_refinement, objectcompose.pipelines.guidance_options, objectcompose.attention_processors.branch, objectcompose.attention_processors.guided_keys_values, objectcompose.attention_processors.regions, objectcompose.pipelines.object_regions, objectcompose.pipelines.object_prompts, objectcompose.attention_processors.compiled, objectcompose.pipelines.segment_refinement, objectcompose.pipelines.composition_guidance, objectcompose.pipelines.token_utils, objectcompose.pipelines.placement, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_object_prompt.
+# Merged modules: objectcompose.errors, objectcompose.attention_processors.mask, objectcompose.attention_processors.processor, objectcompose.attention_processors.install, objectcompose.adapters.base_identity, objectcompose.files, objectcompose.adapters.model_card, objectcompose.adapters.folders, objectcompose.adapters.base, objectcompose.adapters.ip_adapter_weights, objectcompose.adapters.layer_adapter, objectcompose.adapters.object_prompt_adapter, objectcompose.layout_fields, objectcompose.layout, objectcompose.pipelines.reference_images, objectcompose.pipelines.adapter_loading, objectcompose.pipelines.call_arguments, objectcompose.pipelines.image_prompts, objectcompose.pipelines.token_utils, objectcompose.pipelines.steps, objectcompose.pipelines.call_checks, objectcompose.attention_processors.columns, objectcompose.attention_processors.probe, objectcompose.attention_processors.regions, objectcompose.pipelines.pipeline_output, objectcompose.pipelines.attention_maps, objectcompose.pipelines.gradient_passes, objectcompose.pipelines.object_matching, objectcompose.pipelines.token_refinement, objectcompose.pipelines.guidance_options, objectcompose.attention_processors.branch, objectcompose.attention_processors.guided_keys_values, objectcompose.pipelines.object_regions, objectcompose.pipelines.object_prompts, objectcompose.attention_processors.compiled, objectcompose.pipelines.segment_refinement, objectcompose.pipelines.composition_guidance, objectcompose.pipelines.placement, objectcompose.pipelines.sampling, objectcompose.pipelines.saving, objectcompose.pipelines.pipeline_object_prompt.
 # SPDX-License-Identifier: Apache-2.0
 
 """ObjectPromptPipeline: a prompt and pictures of objects to a picture with these objects, in a layout of its own.
@@ -16,6 +16,7 @@ import diffusers
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import numpy as np
@@ -891,6 +892,21 @@ def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) 
             _exchange_processor(modules[name], processor)
 
 
+@contextmanager
+def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def _compose_processor(
     name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
 ) -> "ComposedAttnProcessor":
@@ -1021,7 +1037,7 @@ def _fingerprint(maps: "dict[str, Any]") -> "str | None":
         if not weight.is_floating_point():
             return None
         places = torch.linspace(0, weight.numel() - 1, SIGNS_PER_MATRIX, device=weight.device).long()
-        signs += torch.signbit(weight[places]).tolist()
+        signs += torch.signbit(weight[places].float()).tolist()  # float8 has no `signbit`
     return f"{int(''.join('01'[sign] for sign in signs), 2):0{len(signs) // 4}x}"
 
 
@@ -1882,6 +1898,12 @@ class ObjectPromptAdapter(AdapterMixin, ModelMixin, ConfigMixin):
         adapter.projections.copy_text_projections(unet)
         return adapter
 
+    @property
+    def encoder_widths(self) -> "dict[str, int]":
+        """Widths of the image encoder that is read, by their names in its config."""
+        config: "Any" = self.config
+        return {"projection_dim": config.embed_width, "hidden_size": config.grid_width}
+
     # ---- from features to tokens, from tokens to keys and values
 
     @apply_forward_hook
@@ -2290,7 +2312,7 @@ def as_scene_objects(objects: "Any", batch_size: "int") -> "list[list[SceneObjec
 def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str, ...]":
     """The fields that `obj` sets to something other than their default and that are not among `used`.
 
-    A method puts them into `output.objects[i].unused`. Field order of `SceneObject`.
+    A method puts them into `output.objects[picture][i].unused`. Field order of `SceneObject`.
     """
     used = set(used)
     assert used <= set(OBJECT_FIELDS), f"no such fields: {sorted(used - set(OBJECT_FIELDS))}"
@@ -2299,7 +2321,7 @@ def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str,
 
 
 def require_object_fields(
-    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str"
+    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str", where: "str | None" = None
 ) -> "None":
     """Check that each object has the fields that a method needs.
 
@@ -2307,17 +2329,21 @@ def require_object_fields(
         objects: the objects of one prompt.
         needed: field names; a tuple of names means that one of them is enough, as in `("mask", "box")`.
         method: the name of the method, for the message.
+        where: only objects that have this field; None: all.
 
     Raises:
         MissingFieldError: names the object, the field and the method.
     """
+    which = "every object" if where is None else f"every object with `{where}`"
     for index, obj in enumerate(objects):
+        if where is not None and getattr(obj, where) is None:
+            continue
         for names in needed:
             names = (names,) if isinstance(names, str) else tuple(names)
             if all(getattr(obj, name) is None for name in names):
                 wanted = " or ".join(f"`{name}`" for name in names)
                 raise MissingFieldError(
-                    f"{method} needs {wanted} of every object; objects[{index}] has none: {shown_value(obj)}."
+                    f"{method} needs {wanted} of {which}; objects[{index}] has none: {shown_value(obj)}."
                 )
 
 
@@ -2464,9 +2490,14 @@ def _coco_box(bbox: "Any", width: "Any", height: "Any") -> "tuple[float, float, 
 def _listing_prompt(objects: "Sequence[SceneObject]") -> "str":
     names = [obj.phrase or "thing" for obj in objects]
     things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    if not things:
+    return prompt_of_phrases(things)
+
+
+def prompt_of_phrases(phrases: "Sequence[str]") -> "str":
+    """The phrases as a caption lists them: "a photo of a dog, a cup and two birds"; empty without phrases."""
+    if not phrases:
         return ""
-    return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
+    return "a photo of " + (", ".join(phrases[:-1]) + " and " if phrases[1:] else "") + phrases[-1]
 
 
 def _one_prompts_objects(entries: "Sequence[Any]", name: "str") -> "list[SceneObject]":
@@ -2582,12 +2613,193 @@ def _refuse_repeats(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
     return data
 
 
+# --- objectcompose.pipelines.reference_images
+
+#: Mean and standard deviation of CLIP's pixels in [0, 1], for encoders that come without a feature extractor.
+CLIP_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ReferenceFeatures:
+    """What an image encoder says of M pictures.
+
+    Attributes:
+        pooled: the class token after the last norm, `(M, C)`.
+        embeds: `pooled` in the joint space of pictures and text, `(M, D)`.
+        grid: hidden states of the last but one layer, class token first, `(M, L, C)`.
+    """
+
+    pooled: "torch.Tensor"
+    embeds: "torch.Tensor"
+    grid: "torch.Tensor"
+
+
+def encoder_side(image_encoder: "Any") -> "int":
+    """Sides of the square pictures that an image encoder reads, in pixels.
+
+    Raises:
+        CheckpointError: there is no image encoder.
+    """
+    if image_encoder is None:
+        raise CheckpointError("`image_encoder` is needed to read reference pictures, got None.")
+    return int(image_encoder.config.image_size)
+
+
+def clip_statistics(feature_extractor: "Any" = None) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Mean and standard deviation `(3,)` of the encoder's pixels in [0, 1]; CLIP's own without a feature extractor."""
+    if feature_extractor is None:
+        return torch.tensor(CLIP_PIXEL_MEAN), torch.tensor(CLIP_PIXEL_STD)
+    return torch.tensor(feature_extractor.image_mean), torch.tensor(feature_extractor.image_std)
+
+
+def normalize_pixels(pixels: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
+    """Pixels `(..., 3, H, W)` in [0, 1] as the encoder reads them; `mean` and `std` from `clip_statistics`."""
+    return (pixels - mean.to(pixels)[:, None, None]) / std.to(pixels)[:, None, None]
+
+
+def cut_out_pixels(image: "Image.Image", colour: "torch.Tensor", trim: "bool" = True) -> "torch.Tensor":
+    """A picture `(3, H, W)` in [0, 1]; transparent places show `colour` `(3,)`.
+
+    Args:
+        image: mode RGB, or RGBA with the cut-out as its alpha channel.
+        colour: RGB in [0, 1].
+        trim: drop the rows and columns around the cut-out that are fully transparent.
+
+    Raises:
+        ImageInputError: not a PIL image, or one that is transparent everywhere.
+    """
+    if not isinstance(image, Image.Image):
+        raise ImageInputError(f"`image` must be a PIL image, got {type(image).__name__}.")
+    if not image.has_transparency_data:
+        return _pixel_tensor(image.convert("RGB"))
+    image = image.convert("RGBA")
+    bounds = image.getchannel("A").getbbox()
+    if bounds is None:
+        raise ImageInputError("`image` must show something, got an alpha channel that is 0 everywhere.")
+    pixels = _pixel_tensor(image.crop(bounds) if trim else image)
+    alpha = pixels[3:]
+    return pixels[:3] * alpha + colour.to(pixels)[:, None, None] * (1 - alpha)
+
+
+def _pixel_tensor(image: "Image.Image") -> "torch.Tensor":
+    """`(channels, H, W)` float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def resize_pixels(pixels: "torch.Tensor", size: "tuple[int, int]") -> "torch.Tensor":
+    """Pixels `(C, H, W)` in [0, 1] at another size (h, w): bicubic, antialiased, values kept in [0, 1]."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    resized = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=True)
+    return resized[0].clamp(0, 1)
+
+
+def fit_pixels(
+    pixels: "torch.Tensor", frame: "tuple[int, int]", colour: "torch.Tensor", margin: "float" = 0.0
+) -> "torch.Tensor":
+    """The whole picture, its proportions kept, centred in a frame (h, w) of one colour: `(3, h, w)`.
+
+    Args:
+        pixels: `(3, H, W)` in [0, 1].
+        frame: rows and columns of the result.
+        colour: RGB in [0, 1], `(3,)`.
+        margin: least distance to the frame on every side, as a share of the picture's longer side.
+    """
+    height, width = pixels.shape[-2:]
+    reserve = 2 * margin * max(height, width)
+    factor = min(frame[0] / (height + reserve), frame[1] / (width + reserve))
+    inner = (max(1, round(height * factor)), max(1, round(width * factor)))
+    top, left = (frame[0] - inner[0]) // 2, (frame[1] - inner[1]) // 2
+    framed = colour.to(pixels)[:, None, None].repeat(1, *frame)
+    framed[:, top : top + inner[0], left : left + inner[1]] = resize_pixels(pixels, inner)
+    return framed
+
+
+def reference_pixels(
+    image: "Image.Image",
+    size: "int",
+    colour: "torch.Tensor | Sequence[float]",
+    margin: "float" = 0.0,
+    shape: "Literal['pad', 'stretch']" = "pad",
+) -> "torch.Tensor":
+    """A reference picture as a square, not normalised yet.
+
+    Args:
+        image: RGB, or RGBA with the cut-out as its alpha channel.
+        size: sides of the result, in pixels.
+        colour: RGB in [0, 1] of what the picture leaves open: the encoder's mean (`clip_statistics`).
+        margin: with "pad", free space on every side, as a share of the object's longer side; at least 0.
+        shape: "pad" keeps the object's proportions, trimmed to its cut-out and centred; "stretch" squashes the whole
+            picture, as for pictures of a scene, whose places must stay.
+
+    Returns:
+        `(3, size, size)`, float32 in [0, 1].
+
+    Raises:
+        ImageInputError: not a PIL image, or one that is transparent everywhere.
+        ObjectComposeError: another `shape`, or a negative `margin`.
+    """
+    if shape not in ("pad", "stretch"):
+        raise ObjectComposeError(f'`shape` must be "pad" or "stretch", got {shape!r}.')
+    if margin < 0:
+        raise ObjectComposeError(f"`margin` must be at least 0, got {margin!r}.")
+    colour = torch.as_tensor(colour, dtype=torch.float32)
+    pixels = cut_out_pixels(image, colour, trim=shape == "pad")
+    if shape == "stretch":
+        return resize_pixels(pixels, (size, size))
+    return fit_pixels(pixels, (size, size), colour, margin)
+
+
+def encode_references(image_encoder: "Any", pixels: "torch.Tensor") -> "ReferenceFeatures":
+    """All features of M pictures from one pass of the encoder.
+
+    Args:
+        image_encoder: a `CLIPVisionModelWithProjection`.
+        pixels: normalised, `(M, 3, S, S)`, S as `encoder_side` says, on the device that the encoder runs on.
+
+    Raises:
+        CheckpointError: there is no image encoder.
+    """
+    encoder_side(image_encoder)
+    # The model keeps the pooled token to itself. It is overheard, because calling the norm from here would pass by the
+    # hooks that offloading puts on the outer model.
+    pooled: "list[torch.Tensor]" = []
+    norm = image_encoder.vision_model.post_layernorm
+    handle = norm.register_forward_hook(lambda module, inputs, output: pooled.append(output))
+    try:
+        output = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True)
+    finally:
+        handle.remove()
+    return ReferenceFeatures(pooled[0], output.image_embeds, output.hidden_states[-2])
+
+
+def null_features(image_encoder: "Any", device: "torch.device | str | None" = None) -> "ReferenceFeatures":
+    """What stands for "no reference", one row: zero vectors, and the grid of an all-zero normalised picture.
+
+    As IP-Adapter has it: adapters that read vectors are trained with zeros, those that read grids with a blank
+    picture.
+
+    Args:
+        image_encoder: a `CLIPVisionModelWithProjection`.
+        device: where the encoder runs; its own when None.
+
+    Raises:
+        CheckpointError: there is no image encoder.
+    """
+    side = encoder_side(image_encoder)
+    blank = torch.zeros(1, 3, side, side, device=image_encoder.device if device is None else device)
+    features = encode_references(image_encoder, blank)
+    return ReferenceFeatures(torch.zeros_like(features.pooled), torch.zeros_like(features.embeds), features.grid)
+
+
 # --- objectcompose.pipelines.adapter_loading
 
 class AdapterLoaderMixin:
     """For pipelines with a component `adapter`, whose `__init__` names the adapter's class in its annotation."""
 
     adapter: "Any"
+    image_encoder: "Any"
     unet: "Any"
     components: "Any"
     register_modules: "Any"
@@ -2601,12 +2813,17 @@ class AdapterLoaderMixin:
 
         Raises:
             CheckpointFileError: it cannot be loaded.
-            CheckpointError: it was made for another base, or offloading is enabled already.
+            CheckpointError: it is something else, of another method, or made for another base; or offloading is
+                enabled already.
         """
         if any(hasattr(component, "_hf_hook") for component in self.components.values()):
             raise CheckpointError("`adapter` must be loaded before offloading is enabled, which would not move it.")
-        if not hasattr(adapter, "made_for"):
+        if isinstance(adapter, (str, os.PathLike)):
             adapter = adapter_class_of(type(self)).from_pretrained(adapter, **options)
+        if adapter is None:
+            raise CheckpointError(
+                "`adapter` must be an adapter, a folder or a Hub id, got None; see `unload_adapter`."
+            )
         self.check_adapter(adapter, self.unet)
         self.register_modules(adapter=adapter.to(device=self.unet.device, dtype=self.unet.dtype))
 
@@ -2622,9 +2839,33 @@ class AdapterLoaderMixin:
             self.register_modules(**own)
 
     def check_adapter(self, adapter: "Any", unet: "Any") -> "None":
-        """Raise `CheckpointError` unless there is no adapter or it was made for this base; for `__init__`."""
-        if adapter is not None and unet is not None:
+        """Raise `CheckpointError` unless there is no adapter or it is this pipeline's kind and made for this base."""
+        if adapter is None:
+            return
+        wanted = adapter_class_of(type(self)).__name__
+        # by name: code that was flattened for the Hub holds classes of its own
+        if not hasattr(adapter, "made_for") or wanted not in (kind.__name__ for kind in type(adapter).__mro__):
+            raise CheckpointError(f"`adapter` must be a {wanted}, got {type(adapter).__name__}.")
+        if unet is not None:
             adapter.check_base(unet, hub_id(getattr(self, "name_or_path", None)))  # no name yet in `__init__`
+
+    def check_encoders(self) -> "list[str]":
+        """Names of the layers that the adapter acts on.
+
+        Raises:
+            CheckpointError: there is no adapter or no image encoder, or they do not fit one another.
+        """
+        if self.adapter is None:
+            raise CheckpointError(
+                "`adapter` is needed for objects with an `image`, got None: give one to the pipeline, or call"
+                " `load_adapter`."
+            )
+        encoder_side(self.image_encoder)
+        wanted = self.adapter.encoder_widths
+        found = {name: getattr(self.image_encoder.config, name) for name in wanted}
+        if found != wanted:
+            raise CheckpointError(f"`image_encoder` must have the widths {wanted} that `adapter` reads, got {found}.")
+        return list(self.adapter.made_for.layer_widths)
 
 
 def adapter_class_of(pipeline_class: "type") -> "Any":
@@ -2666,9 +2907,9 @@ class CallArguments:
         guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
-            return tensors that replace the loop's.
+            return a dict of tensors that replace the loop's.
         callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
-            "negative_prompt_embeds".
+            "negative_prompt_embeds"; None: none.
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -2753,6 +2994,945 @@ class SamplingState:
     is_compiled: "bool"
 
 
+# --- objectcompose.pipelines.image_prompts
+
+class ImagePromptStepsMixin:
+    """Part of `StableDiffusionStepsMixin`; each step returns what that of `diffusers.StableDiffusionPipeline` does."""
+
+    unet: "Any"
+    feature_extractor: "Any"
+    image_encoder: "Any"
+
+    def encode_image(
+        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Embed pictures for an IP-Adapter.
+
+        Returns:
+            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
+            the last but one layer with `output_hidden_states`.
+        """
+        dtype = next(self.image_encoder.parameters()).dtype
+        if not isinstance(image, torch.Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        image = image.to(device=device, dtype=dtype)
+        if output_hidden_states:
+            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
+            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
+            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
+            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
+        else:
+            embeds = self.image_encoder(image).image_embeds
+            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
+        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: "Any",
+        ip_adapter_image_embeds: "list[torch.Tensor] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+    ) -> "list[torch.Tensor]":
+        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
+
+        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
+        """
+        pairs: "list[tuple[Any, ...]]"
+        if ip_adapter_image_embeds is None:
+            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
+            pairs = []
+            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
+                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
+                pairs.append((blank[None, :], embeds[None, :]))
+        elif do_classifier_free_guidance:
+            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
+        else:
+            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
+
+        prepared = []
+        for blank, embeds in pairs:
+            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
+            if do_classifier_free_guidance:
+                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
+            prepared.append(rows.to(device=device))
+        return prepared
+
+
+# --- objectcompose.pipelines.token_utils
+
+_WORD_END = "</w>"
+# What CLIP text encoders read, for a tokenizer that was saved without its limit.
+_CLIP_LENGTH = 77
+_UNLIMITED_LENGTH = 10**6
+_IRREGULAR_PLURALS = {
+    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth", "ox": "oxen", "knife": "knives", "wife": "wives", "life": "lives",
+    "wolf": "wolves", "leaf": "leaves", "shelf": "shelves", "half": "halves", "calf": "calves", "loaf": "loaves",
+    "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes",
+}  # fmt: skip
+_IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLURALS.items()}
+
+
+def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
+    """`text` with every learned placeholder of several vectors written out, for encoding and for locating alike.
+
+    A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
+    "<cat-toy> <cat-toy>_1 <cat-toy>_2", as in diffusers. Unlike there, text that is written out already stays as it
+    is, and so does a longer token that begins with a placeholder's name.
+    """
+    added = tokenizer.get_added_vocab()
+    if not any(f"{token}_1" in added for token in added):
+        return text
+    tokens = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))  # the longest match counts
+
+    def written_out(found: "re.Match[str]") -> "str":
+        token = found.group()
+        follower = re.compile(rf"\s+({tokens})").match(text, found.end())
+        if follower is not None and follower[1] == f"{token}_1":
+            return token
+        further = itertools.takewhile(added.__contains__, (f"{token}_{index}" for index in itertools.count(1)))
+        return " ".join([token, *further])
+
+    return re.sub(tokens, written_out, text)
+
+
+def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
+    """The ids of the whole prompt with start and end tokens, neither padded nor truncated.
+
+    The end token is the last one, so its position is the length less one.
+
+    Raises:
+        LayoutError: `prompt` is not text.
+    """
+    check_text(prompt, "prompt", may_be_empty=True)
+    return list(tokenizer(expand_placeholders(tokenizer, prompt), truncation=False, verbose=False).input_ids)
+
+
+def max_prompt_length(tokenizer: "Any") -> "int":
+    """How many tokens the tokenizer's text encoder reads, start and end included (CLIP: 77)."""
+    length = int(tokenizer.model_max_length)
+    return _CLIP_LENGTH if length > _UNLIMITED_LENGTH else length
+
+
+def check_prompt_length(tokenizer: "Any", prompt: "str") -> "int":
+    """Number of tokens of the prompt, start and end included.
+
+    Raises:
+        PromptTooLongError: more tokens than the text encoder reads.
+    """
+    length, limit = len(prompt_token_ids(tokenizer, prompt)), max_prompt_length(tokenizer)
+    if length > limit:
+        raise PromptTooLongError(
+            f"`prompt` must have at most {limit} tokens (start and end included), got {length}: "
+            f"{shown_value(prompt)}. What lies beyond would not be read; shorten it."
+        )
+    return length
+
+
+def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int" = 0) -> "list[int]":
+    """Positions of a phrase's tokens in the encoded prompt.
+
+    Args:
+        tokenizer: a CLIP tokenizer, with any learned placeholders added to it.
+        prompt: the text as the user wrote it.
+        phrase: words that occur in the prompt in this order, or a placeholder. Case does not matter. If the words as
+            they are do not occur often enough, the last one may also stand in its English plural or singular.
+        occurrence: which of the places, 0 is the first; those in plural or singular come after the exact ones.
+
+    Returns:
+        Consecutive positions, start-of-text = 0, all below the text encoder's length.
+
+    Raises:
+        PhraseNotFoundError: names the closest matches.
+        PromptTooLongError: the prompt has more tokens than the text encoder reads.
+        LayoutError: an argument is not text.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    places = list(dict.fromkeys([*reader.exact_places(phrase), *reader.inflected_places(phrase)]))
+    if not 0 <= occurrence < len(places):
+        raise reader.not_found(phrase, found=len(places), wanted=occurrence + 1)
+    return list(range(*places[occurrence]))
+
+
+def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]", may_share: "bool" = False) -> "list[list[int]]":
+    """Positions of several phrases, each at a place of its own.
+
+    A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
+    choose before shorter ones, so "bear" does not take the second word of "teddy bear", and exact words before words
+    in plural or singular.
+
+    Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
+            "dogs" in "two dogs" are one place.
+
+    Returns:
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
+        places.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    if isinstance(phrases, str):
+        raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
+    ids = [reader.phrase_ids(phrase) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
+    chosen: "dict[int, tuple[int, int]]" = {}
+    for places_of in (reader.exact_places, reader.inflected_places):
+        for index in longest_first:
+            if index in chosen:
+                continue
+            free = (place for place in places_of(phrases[index]) if not _overlaps(place, chosen.values()))
+            place = next(free, None)
+            if place is not None:
+                chosen[index] = place
+    for index, phrase in enumerate(phrases):
+        if index in chosen:
+            continue
+        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
+        if not (may_share and same):
+            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
+        chosen[index] = same[-1]
+    return [list(range(*chosen[index])) for index in range(len(phrases))]
+
+
+def find_everywhere(tokenizer: "Any", prompt: "str", phrases: "Iterable[str]") -> "list[int]":
+    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
+
+    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
+
+    Returns:
+        Positions in rising order, each once.
+    """
+    reader = _PromptReader(tokenizer, prompt)
+    places = (place for phrase in phrases for place in reader.exact_places(phrase))
+    return sorted({position for place in places for position in range(*place)})
+
+
+class _PromptReader:
+    """One encoded prompt and where words begin and end in it."""
+
+    def __init__(self, tokenizer: "Any", prompt: "str") -> "None":
+        check_prompt_length(tokenizer, prompt)
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.ids = prompt_token_ids(tokenizer, prompt)
+        self.added = set(tokenizer.get_added_vocab())
+        pieces = tokenizer.convert_ids_to_tokens(self.ids)
+        # boundaries[i]: a phrase may begin at token i, or end before it.
+        self.boundaries = [True, *(self._ends_word(piece) for piece in pieces)]
+        for position in self._joints():
+            self.boundaries[position] = False
+
+    def phrase_ids(self, phrase: "str") -> "list[int]":
+        """The ids of a phrase on its own, without start and end."""
+        check_text(phrase, "phrase")
+        text = expand_placeholders(self.tokenizer, phrase)
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    def exact_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
+        """(start, stop) of each place where the words of the phrase stand as they are."""
+        wanted = self.phrase_ids(phrase)
+        # The first and the last token are the start and the end of the text, which no phrase names.
+        for start in range(1, len(self.ids) - len(wanted)):
+            stop = start + len(wanted)
+            if wanted and self.ids[start:stop] == wanted and self.boundaries[start] and self.boundaries[stop]:
+                yield start, stop
+
+    def inflected_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
+        """(start, stop) of each place where the last word of the phrase stands in its plural or singular."""
+        places = {place for variant in other_numbers(phrase) for place in self.exact_places(variant)}
+        return iter(sorted(places))
+
+    def not_found(self, phrase: "str", found: "int", wanted: "int") -> "PhraseNotFoundError":
+        """The error for a phrase with too few places, with what the prompt has instead."""
+        words = self.prompt.lower().split()
+        length = len(phrase.split())
+        spans = {
+            " ".join(words[start : start + count]).strip(".,;:!?()\"'")
+            for count in range(1, length + 2)
+            for start in range(len(words) - count + 1)
+        }
+        close = difflib.get_close_matches(phrase.lower(), sorted(spans), n=3, cutoff=0.5)
+        hint = f"closest: {', '.join(ascii(match) for match in close)}" if close else "nothing in it comes close"
+        rule = f"must occur in the prompt {wanted} time(s) at places of its own, found {found}"
+        return PhraseNotFoundError(f"`phrase` {shown_value(phrase)} {rule}: {shown_value(self.prompt)} ({hint}).")
+
+    def _ends_word(self, piece: "str") -> "bool":
+        return piece.endswith(_WORD_END) or piece in self.added or piece in self.tokenizer.all_special_tokens
+
+    def _joints(self) -> "Iterator[int]":
+        """Positions between two tokens that no white space parts and that are both letters or digits ("13", "dog2").
+
+        Words are encoded one by one to learn where white space was; if that does not give the ids of the whole prompt,
+        the tokenizer does more than CLIP's and only word-end marks are used.
+        """
+        words = expand_placeholders(self.tokenizer, self.prompt).split()
+        encoded = [self.tokenizer(word, add_special_tokens=False, verbose=False).input_ids for word in words]
+        if [token for ids in encoded for token in ids] != self.ids[1:-1]:
+            return
+        position = 1
+        for word, ids in zip(words, encoded, strict=True):
+            if len(ids) > 1 and not set(self.tokenizer.convert_ids_to_tokens(ids)) & self.added:
+                yield from (position + offset for offset in self._joints_of_word(word, len(ids)))
+            position += len(ids)
+
+    def _joints_of_word(self, word: "str", count: "int") -> "Iterator[int]":
+        """Offsets of tokens of one word that begin between two letters or digits."""
+        for cut in range(1, len(word)):
+            if word[cut - 1].isalnum() and word[cut].isalnum() and word[cut - 1].isnumeric() | word[cut].isnumeric():
+                before = self.tokenizer(word[:cut], add_special_tokens=False, verbose=False).input_ids
+                if 0 < len(before) < count:
+                    yield len(before)
+
+
+def other_numbers(phrase: "str") -> "list[str]":
+    """The phrase with its last word in the plural, and in the singular, by the rules of English spelling.
+
+    Spellings that do not exist may be among them ("glas"): they are only looked for, so they do no harm.
+    """
+    *head, last = phrase.lower().split() or [""]
+    forms = {_IRREGULAR_PLURALS.get(last, ""), _IRREGULAR_SINGULARS.get(last, "")}
+    if last and last[-1].isalpha():
+        forms |= {last + "s", last + "es"}
+        if last.endswith("y"):
+            forms.add(last[:-1] + "ies")
+        if last.endswith("s"):
+            forms.add(last[:-1])
+        if last.endswith("es"):
+            forms.add(last[:-2])
+        if last.endswith("ies"):
+            forms.add(last[:-3] + "y")
+    return [" ".join([*head, form]) for form in sorted(forms - {"", last})]
+
+
+def _overlaps(place: "tuple[int, int]", taken: "Any") -> "bool":
+    return any(place[0] < stop and start < place[1] for start, stop in taken)
+
+
+# --- objectcompose.pipelines.steps
+
+steps_logger = logging.get_logger(__name__)
+
+
+def modernize_scheduler(scheduler: "Any") -> "None":
+    """Give a scheduler with a config from before diffusers 0.10 the two settings that Stable Diffusion means.
+
+    `StableDiffusionPipeline` does the same to the scheduler it is given, so without this a pipeline that was built
+    from the same old checkpoint would sample other pictures.
+    """
+    if scheduler is None:
+        return
+    wanted = {}
+    if getattr(scheduler.config, "steps_offset", 1) != 1:
+        wanted["steps_offset"] = 1
+    if getattr(scheduler.config, "clip_sample", False) is True:
+        wanted["clip_sample"] = False
+    if wanted:
+        steps_logger.warning(f"The scheduler's config is outdated for Stable Diffusion; using {wanted}.")
+        scheduler.register_to_config(**wanted)
+
+
+def rescale_guided_noise(noise_pred: "torch.Tensor", noise_pred_text: "torch.Tensor", rescale: "float") -> "torch.Tensor":
+    """Bring the guided prediction's standard deviation back towards the conditional one's.
+
+    "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), section 3.4.
+
+    Args:
+        noise_pred: the guided prediction, shape `(B, C, h, w)`.
+        noise_pred_text: the conditional prediction, same shape.
+        rescale: 0 keeps `noise_pred`, 1 takes the rescaled one.
+    """
+    axes = list(range(1, noise_pred.ndim))
+    std_text, std_guided = noise_pred_text.std(dim=axes, keepdim=True), noise_pred.std(dim=axes, keepdim=True)
+    rescaled = noise_pred * (std_text / std_guided)
+    return rescale * rescaled + (1 - rescale) * noise_pred
+
+
+def accepts_argument(function: "Any", name: "str") -> "bool":
+    """Whether a function's signature names the argument `name`."""
+    return name in inspect.signature(function).parameters
+
+
+def _saved_before_diffusers_0_9(unet: "Any") -> "bool":
+    saved = getattr(unet.config, "_diffusers_version", None)
+    return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
+
+
+class StableDiffusionStepsMixin(ImagePromptStepsMixin):
+    """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
+
+    # components that the pipeline registers; `Any` because each of them may be None
+    vae: "Any"
+    text_encoder: "Any"
+    tokenizer: "Any"
+    unet: "Any"
+    scheduler: "Any"
+    safety_checker: "Any"
+    image_processor: "Any"
+    vae_scale_factor: "int"
+    _num_timesteps: "int"  # set by each pipeline once it knows its timesteps
+
+    # ---- what a running call can be asked
+
+    @property
+    def guidance_scale(self) -> "float":
+        """The guidance scale of the running call; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> "float":
+        """The guidance rescale of the running call."""
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> "int | None":
+        """How many of the text encoder's last layers the running call skips."""
+        return self._clip_skip
+
+    @property
+    def do_classifier_free_guidance(self) -> "bool":
+        """Whether the running call predicts an unconditional half too."""
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def cross_attention_kwargs(self) -> "dict[str, Any] | None":
+        """The extra arguments that reach the attention processors."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> "int":
+        """The number of iterations of the running call's denoising loop."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> "bool":
+        """True once a callback has asked the running call to stop."""
+        return self._interrupt
+
+    def set_call_state(
+        self,
+        guidance_scale: "float",
+        guidance_rescale: "float",
+        clip_skip: "int | None",
+        cross_attention_kwargs: "dict[str, Any] | None",
+    ) -> "None":
+        """Store what the properties above read; called once at the start of a call."""
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+
+    # ---- text
+
+    def encode_prompt(
+        self,
+        prompt: "str | list[str] | None",
+        device: "torch.device | str",
+        num_images_per_prompt: "int",
+        do_classifier_free_guidance: "bool",
+        negative_prompt: "str | list[str] | None" = None,
+        prompt_embeds: "torch.Tensor | None" = None,
+        negative_prompt_embeds: "torch.Tensor | None" = None,
+        lora_scale: "float | None" = None,
+        clip_skip: "int | None" = None,
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Encode prompts, or repeat embeddings that are given.
+
+        Args:
+            prompt: one prompt or a list of B prompts; None when `prompt_embeds` is given.
+            device: where the embeddings go.
+            num_images_per_prompt: how often each row is repeated (n); the copies of a prompt lie side by side.
+            do_classifier_free_guidance: whether the negative half is needed.
+            negative_prompt: one prompt for all rows or a list of B; None stands for the empty prompt.
+            prompt_embeds: shape `(B, L, C)`.
+            negative_prompt_embeds: shape `(B, L, C)`.
+            lora_scale: strength of LoRA layers in the text encoder.
+            clip_skip: how many of the text encoder's last layers to skip.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, both `(B * n, L, C)`; the second is what was given, or None,
+            when there is no guidance.
+        """
+        if lora_scale is not None:
+            self._lora_scale = lora_scale
+            if USE_PEFT_BACKEND and self.text_encoder is not None:
+                scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            if prompt_embeds is None:
+                prompts = [prompt] if isinstance(prompt, str) else prompt
+                prompt_embeds = self._encode_texts(prompts, device, clip_skip=clip_skip, warn_truncation=True)
+            batch_size = prompt_embeds.shape[0]
+            dtype = self._prompt_embeds_dtype(prompt_embeds)
+            prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
+
+            if do_classifier_free_guidance:
+                if negative_prompt_embeds is None:
+                    negatives = "" if negative_prompt is None else negative_prompt
+                    negatives = [negatives] * batch_size if isinstance(negatives, str) else negatives
+                    # the unconditional half keeps the last layer whatever `clip_skip` says, as in diffusers
+                    negative_prompt_embeds = self._encode_texts(negatives, device, max_length=prompt_embeds.shape[1])
+                negative_prompt_embeds = negative_prompt_embeds.to(dtype=dtype, device=device)
+                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        finally:
+            if USE_PEFT_BACKEND and self.text_encoder is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        return prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0), negative_prompt_embeds
+
+    def _prompt_embeds_dtype(self, prompt_embeds: "torch.Tensor") -> "torch.dtype":
+        if self.text_encoder is not None:
+            return self.text_encoder.dtype
+        return self.unet.dtype if self.unet is not None else prompt_embeds.dtype
+
+    def _encode_texts(
+        self,
+        texts: "Any",
+        device: "torch.device | str",
+        max_length: "int | None" = None,
+        clip_skip: "int | None" = None,
+        warn_truncation: "bool" = False,
+    ) -> "torch.Tensor":
+        """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
+        max_length = self.tokenizer.model_max_length if max_length is None else max_length
+        texts = [expand_placeholders(self.tokenizer, text) for text in texts]
+        inputs = self.tokenizer(
+            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+        )
+        if warn_truncation:
+            self._warn_truncation(texts)
+        # only some of SD 2.x's text encoders were trained with a mask
+        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        attention_mask = inputs.attention_mask.to(device) if use_mask else None
+        output = self.text_encoder(
+            inputs.input_ids.to(device), attention_mask=attention_mask, output_hidden_states=clip_skip is not None
+        )
+        if clip_skip is None:
+            return output[0]
+        # an inner layer has not passed the final norm that the UNet was trained behind
+        final_layer_norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
+        return final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+    def _warn_truncation(self, texts: "list[str]") -> "None":
+        limit = self.tokenizer.model_max_length
+        for text in texts:
+            ids = self.tokenizer(text, truncation=False).input_ids
+            if len(ids) > limit:
+                removed = self.tokenizer.decode(ids[limit - 1 : -1])
+                steps_logger.warning(
+                    f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
+                )
+
+    # ---- latents and scheduler
+
+    def default_size(self) -> "tuple[int, int]":
+        """Height and width in pixels of the pictures that the UNet was trained on."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ObjectComposeError(
+                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
+            )
+        if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
+            size = 64  # those versions wrote a wrong size into the UNet's config
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def latent_size(self, height: "int", width: "int") -> "tuple[int, int]":
+        """Height and width of the latents of a picture of `height` x `width` pixels."""
+        return int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
+
+    def prepare_latents(
+        self,
+        batch_size: "int",
+        num_channels_latents: "int",
+        height: "int",
+        width: "int",
+        dtype: "torch.dtype",
+        device: "torch.device | str",
+        generator: "torch.Generator | list[torch.Generator] | None",
+        latents: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
+        """Initial noise `(batch_size, C, h, w)`, scaled as the scheduler wants it. Given latents are N(0, 1) noise."""
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ObjectComposeError(
+                f"`generator` must hold one generator per picture: got {len(generator)} for {batch_size} pictures."
+            )
+        if latents is None:
+            shape = (batch_size, num_channels_latents, *self.latent_size(height, width))
+            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+        else:
+            latents = latents.to(device)
+        return latents * self.scheduler.init_noise_sigma
+
+    def prepare_timesteps(
+        self,
+        num_inference_steps: "int",
+        device: "torch.device | str",
+        timesteps: "list[int] | None" = None,
+        sigmas: "list[float] | None" = None,
+    ) -> "tuple[torch.Tensor, int]":
+        """Set the scheduler's timesteps; returns them and the number of steps they stand for.
+
+        Raises:
+            ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
+        """
+        name: "str" = "num_inference_steps"
+        asked: "int | list[int] | list[float]" = num_inference_steps
+        if timesteps is not None:
+            name, asked = "timesteps", timesteps
+        elif sigmas is not None:
+            name, asked = "sigmas", sigmas
+        try:
+            self.scheduler.set_timesteps(**{name: asked}, device=device)
+        except ValueError as error:
+            kind = type(self.scheduler).__name__
+            raise ObjectComposeError(f"`{name}` cannot be used with {kind}: {error}") from error
+        is_custom = name != "num_inference_steps"
+        return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
+
+    def prepare_extra_step_kwargs(
+        self, generator: "torch.Generator | list[torch.Generator] | None", eta: "float"
+    ) -> "dict[str, Any]":
+        """`eta` and `generator`, each only where the scheduler's `step` takes it (DDIM takes both)."""
+        extra = {"eta": eta, "generator": generator}
+        return {name: value for name, value in extra.items() if accepts_argument(self.scheduler.step, name)}
+
+    def get_guidance_scale_embedding(
+        self, w: "torch.Tensor", embedding_dim: "int" = 512, dtype: "torch.dtype" = torch.float32
+    ) -> "torch.Tensor":
+        """Sinusoidal embedding `(B, embedding_dim)` of guidance scales `w` `(B,)`, for distilled UNets (LCM)."""
+        half = embedding_dim // 2
+        decay = torch.log(torch.tensor(10000.0)) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, dtype=dtype) * -decay)
+        angles = (w * 1000.0).to(dtype)[:, None] * frequencies[None, :]
+        embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
+
+    def prepare_timestep_cond(self, batch_size: "int", device: "torch.device | str", dtype: "torch.dtype") -> "Any":
+        """The guidance scale as a condition of the UNet, or None for UNets that take none (all but distilled ones)."""
+        embedding_dim = self.unet.config.time_cond_proj_dim
+        if embedding_dim is None:
+            return None
+        scales = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
+        return self.get_guidance_scale_embedding(scales, embedding_dim=embedding_dim).to(device=device, dtype=dtype)
+
+    def guide(self, noise_pred: "torch.Tensor") -> "torch.Tensor":
+        """Join the two halves `[uncond, cond]` of a prediction by classifier-free guidance; without it, return it."""
+        if not self.do_classifier_free_guidance:
+            return noise_pred
+        uncond, text = noise_pred.chunk(2)
+        guided = uncond + self.guidance_scale * (text - uncond)
+        return rescale_guided_noise(guided, text, self.guidance_rescale) if self.guidance_rescale > 0.0 else guided
+
+    # ---- pictures
+
+    def run_safety_checker(
+        self, image: "torch.Tensor", device: "torch.device | str", dtype: "torch.dtype"
+    ) -> "tuple[torch.Tensor, list[bool] | None]":
+        """Let the safety checker, if there is one, black out pictures `(B, 3, H, W)` in [-1, 1]."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.postprocess(image, output_type="pil")
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").to(device).pixel_values
+        return self.safety_checker(images=image, clip_input=clip_input.to(dtype))
+
+    def decode_to_output(
+        self,
+        latents: "torch.Tensor",
+        output_type: "str",
+        generator: "torch.Generator | list[torch.Generator] | None",
+        device: "torch.device | str",
+        dtype: "torch.dtype",
+    ) -> "tuple[Any, list[bool] | None]":
+        """Latents `(B, C, h, w)` to what `output_type` asks for, and the safety checker's verdicts.
+
+        Returns:
+            Pictures as a list of PIL images ("pil"), an array `(B, H, W, 3)` in [0, 1] ("np"), a tensor `(B, 3, H, W)`
+            in [0, 1] ("pt"), or the latents themselves ("latent"); and a list of B verdicts or None.
+        """
+        if output_type == "latent":
+            return latents, None
+        scaled = latents / self.vae.config.scaling_factor
+        image = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
+        image, nsfw = self.run_safety_checker(image, device, dtype)
+        # a blacked-out picture is already in [0, 1]
+        do_denormalize = [True] * image.shape[0] if nsfw is None else [not flagged for flagged in nsfw]
+        return self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize), nsfw
+
+
+# --- objectcompose.pipelines.call_checks
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_checkpoint(vae: "Any", text_encoder: "Any", unet: "Any") -> "None":
+    """Raise `CheckpointError` unless the components fit together as in Stable Diffusion 1.x/2.x; None is left out."""
+    if unet is None:
+        return
+    config = unet.config
+    if config.addition_embed_type is not None:
+        raise CheckpointError(
+            "`unet` must be of the Stable Diffusion 1.x/2.x layout, got one that also wants"
+            f" {config.addition_embed_type!r} embeddings, as SDXL's does."
+        )
+    if vae is not None and config.in_channels != vae.config.latent_channels:
+        raise CheckpointError(
+            f"`unet` must read the {vae.config.latent_channels} latent channels of `vae`, got one that reads"
+            f" {config.in_channels} (a checkpoint for inpainting or depth?)."
+        )
+    width = config.cross_attention_dim
+    if text_encoder is None or not isinstance(width, int) or config.encoder_hid_dim is not None:
+        return
+    if text_encoder.config.hidden_size != width:
+        raise CheckpointError(
+            f"`unet` must read text of width {text_encoder.config.hidden_size}, which `text_encoder` writes, got one"
+            f" that reads {width}: they are of different checkpoints."
+        )
+
+
+def check_count(name: "str", value: "Any", minimum: "int" = 1) -> "None":
+    """Raise unless `value` is a whole number of at least `minimum` (booleans do not count)."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ObjectComposeError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "None":
+    """Raise unless `value` is a finite number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ObjectComposeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"`{name}` must be finite, got {value!r}.")
+    if minimum is not None and value < minimum:
+        raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
+
+
+def check_switch(name: "str", value: "Any") -> "None":
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ObjectComposeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
+    """Raise unless both sides are multiples of 8 and of the VAE's factor."""
+    multiple = math.lcm(8, vae_scale_factor)
+    for name, value in (("height", height), ("width", width)):
+        check_count(name, value)
+        if value % multiple:
+            raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
+
+
+def check_output_type(output_type: "Any", vae: "Any") -> "None":
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`, and there is a VAE for all but "latent"."""
+    if output_type not in OUTPUT_TYPES:
+        raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if vae is None and output_type != "latent":
+        raise CheckpointError(f'`vae` is needed for `output_type` {output_type!r}, got None; "latent" does without.')
+
+
+def check_object_count(rows: "Sequence[Sequence[Any]]", maximum: "int") -> "None":
+    """Raise `LayoutError` unless each prompt has at most `maximum` objects."""
+    largest = max(map(len, rows))
+    if largest > maximum:
+        raise LayoutError(f"`objects` must hold at most {maximum} objects per prompt, got {largest}.")
+
+
+def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
+    """Raise unless `embeds` is a finite tensor `(B, L, C)` whose C is the width of the UNet's cross-attention."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ObjectComposeError(f"`{name}` must be a tensor of shape (batch, tokens, width), got {found}.")
+    width = unet.config.cross_attention_dim
+    if isinstance(width, int) and unet.config.encoder_hid_dim is None and embeds.shape[-1] != width:
+        raise ObjectComposeError(f"`{name}` must have width {width}, as the UNet expects, got {embeds.shape[-1]}.")
+    if not torch.isfinite(embeds).all():
+        raise NonFiniteError(f"`{name}` holds NaN or infinite values.")
+
+
+def check_call_text(name: "str", text: "Any") -> "None":
+    """Raise unless `text` is a string or a non-empty list of strings."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, list) or not text or not all(isinstance(item, str) for item in text):
+        raise ObjectComposeError(f"`{name}` must be a string or a non-empty list of strings, got {text!r}.")
+
+
+def check_prompts(
+    pipeline: "Any",
+    prompt: "Any",
+    negative_prompt: "Any",
+    prompt_embeds: "Any",
+    negative_prompt_embeds: "Any",
+    use_guidance: "bool",
+) -> "int":
+    """Check prompts and embeddings against each other and the pipeline's text encoder; returns the batch size B."""
+    for text_name, text, embeds_name, embeds in (
+        ("prompt", prompt, "prompt_embeds", prompt_embeds),
+        ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ObjectComposeError(f"Give either `{text_name}` or `{embeds_name}`, not both.")
+        if text is not None:
+            check_call_text(text_name, text)
+        if embeds is not None:
+            check_embeds(embeds_name, embeds, pipeline.unet)
+    if prompt is None and prompt_embeds is None:
+        raise ObjectComposeError("Give either `prompt` or `prompt_embeds`, got neither.")
+    batch_size = prompt_embeds.shape[0] if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+
+    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+        raise ObjectComposeError(
+            f"`negative_prompt` must be one string or one per prompt: got {len(negative_prompt)} for {batch_size}."
+        )
+    if negative_prompt_embeds is not None and prompt_embeds is not None:
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ObjectComposeError(
+                f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
+                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+            )
+    elif negative_prompt_embeds is not None and pipeline.tokenizer is not None:
+        expected = (batch_size, pipeline.tokenizer.model_max_length)
+        if tuple(negative_prompt_embeds.shape[:2]) != expected:
+            raise ObjectComposeError(
+                f"`negative_prompt_embeds` must have shape {expected} (prompts, tokens) before the width to go with"
+                f" `prompt`, got {tuple(negative_prompt_embeds.shape[:2])}."
+            )
+    needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
+    if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
+        raise ObjectComposeError(
+            "`prompt_embeds` (and `negative_prompt_embeds` under guidance) must be given: the pipeline has no text"
+            " encoder or no tokenizer."
+        )
+    return batch_size
+
+
+def check_clip_skip(clip_skip: "Any", text_encoder: "Any") -> "None":
+    """Raise unless `clip_skip` is None or leaves the text encoder at least its embeddings."""
+    if clip_skip is None:
+        return
+    check_count("clip_skip", clip_skip, minimum=0)
+    layers = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", None)
+    if layers is not None and clip_skip > layers:
+        raise ObjectComposeError(f"`clip_skip` must be at most {layers}, the text encoder's layers, got {clip_skip}.")
+
+
+def check_image_prompt(pipeline: "Any", image: "Any", image_embeds: "Any", use_guidance: "bool") -> "None":
+    """Check the two arguments of IP-Adapter against each other and the adapters that are loaded."""
+    loaded = pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    if image is None and image_embeds is None:
+        if loaded:
+            raise ObjectComposeError(
+                "An IP-Adapter is loaded: give `ip_adapter_image` or `ip_adapter_image_embeds`, or unload it."
+            )
+        return
+    if image is not None and image_embeds is not None:
+        raise ObjectComposeError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+    if not loaded:
+        raise ObjectComposeError("`ip_adapter_image` needs an IP-Adapter: call `load_ip_adapter` first.")
+    adapters = len(pipeline.unet.encoder_hid_proj.image_projection_layers)
+    if image is not None:
+        count = len(image) if isinstance(image, list) else 1
+        if count != adapters:
+            raise ObjectComposeError(
+                f"`ip_adapter_image` must hold one entry per IP-Adapter: got {count}, {adapters} loaded."
+            )
+        if pipeline.image_encoder is None:
+            raise ObjectComposeError(
+                "`ip_adapter_image` needs an `image_encoder`; give `ip_adapter_image_embeds` instead."
+            )
+        return
+    if not isinstance(image_embeds, list) or len(image_embeds) != adapters:
+        raise ObjectComposeError(
+            f"`ip_adapter_image_embeds` must be a list of {adapters} tensors, one per IP-Adapter, got"
+            f" {len(image_embeds) if isinstance(image_embeds, list) else type(image_embeds).__name__}."
+        )
+    for embeds in image_embeds:
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim not in (3, 4):
+            raise ImageInputError("`ip_adapter_image_embeds` must hold 3D or 4D tensors.")
+        if use_guidance and embeds.shape[0] % 2:
+            raise ImageInputError(
+                "`ip_adapter_image_embeds` must hold negative rows, then positive ones, under guidance: got"
+                f" {embeds.shape[0]} rows."
+            )
+
+
+def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "None":
+    """Raise unless one schedule is asked for and the scheduler takes its kind."""
+    if timesteps is not None and sigmas is not None:
+        raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if values is None:
+            continue
+        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) == 0:
+            raise ObjectComposeError(f"`{name}` must be a list of at least one value, got {values!r}.")
+        if not accepts_argument(scheduler.set_timesteps, name):
+            raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
+        return
+    check_count("num_inference_steps", num_inference_steps)
+
+
+def check_noise(pipeline: "Any", generator: "Any", latents: "Any", num_images: "int", latent_shape: "tuple[int, ...]") -> "None":
+    """Check that there is one generator, or one per picture, and that given latents fit the pictures asked for."""
+    if isinstance(generator, list):
+        if len(generator) != num_images:
+            raise ObjectComposeError(
+                f"`generator` must hold one generator per picture: got {len(generator)} for {num_images} pictures."
+            )
+        wrong = [item for item in generator if not isinstance(item, torch.Generator)]
+    else:
+        wrong = [] if generator is None or isinstance(generator, torch.Generator) else [generator]
+    if wrong:
+        raise ObjectComposeError(f"`generator` must be a torch.Generator or a list of them, got {wrong[0]!r}.")
+    if latents is None:
+        return
+    expected = (num_images, pipeline.unet.config.in_channels, *latent_shape)
+    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != expected:
+        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ObjectComposeError(f"`latents` must be a tensor of shape {expected}, got {found}.")
+    if not torch.isfinite(latents).all():
+        raise NonFiniteError("`latents` holds NaN or infinite values.")
+
+
+def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "Sequence[str]") -> "None":
+    """Raise unless the callback can be called and asks only for tensors that the loop has."""
+    if callback is not None and not callable(callback):
+        raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
+    unknown = [name for name in tensor_inputs if name not in allowed]
+    if unknown:
+        raise ObjectComposeError(
+            f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
+            f" {', '.join(map(str, unknown))}."
+        )
+
+
+def _is_step_index(value: "Any", num_steps: "int") -> "bool":
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < num_steps
+
+
+def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
+    """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
+    if attention_steps is None:
+        return
+    if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
+        raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
+    steps = list(attention_steps)
+    wrong = [step for step in steps if not _is_step_index(step, num_steps)]
+    if not steps or wrong:
+        raise ObjectComposeError(
+            f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."
+        )
+
+
+def check_parts(parts: "Any") -> "None":
+    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`, or groups of parts."""
+    if not isinstance(parts, (list, tuple)):
+        raise ObjectComposeError(f"`parts` must be a list of attention parts, got {type(parts).__name__}.")
+    for index, part in enumerate(parts):
+        # by attribute, never by class: code flattened for the Hub holds second copies of our classes
+        if getattr(part, "kind", None) == "group" and hasattr(part, "bind"):
+            continue
+        if getattr(part, "kind", None) not in ("mask", "branch", "probe") or not hasattr(part, "layers"):
+            raise ObjectComposeError(
+                f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
+            )
+
+
 # --- objectcompose.attention_processors.columns
 
 def softmax_columns(
@@ -2805,6 +3985,11 @@ class _SoftmaxColumns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
+        with torch.autocast(grad.device.type, enabled=False):  # which may be on around the backward pass alone
+            return _SoftmaxColumns._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
         query, key, indices, bias, total, columns = ctx.saved_tensors
         # d column_t / d logit_k = column_t * (1[t is k] - probability_k)
         weighted = grad * columns
@@ -3031,6 +4216,396 @@ class CellMapProbe:
             self.maps[call.name] = maps.mean(1)
 
 
+# --- objectcompose.attention_processors.regions
+
+RASTER_RULES = ("area", "cover", "round", "point")
+# Edges closer than this to a cell border, in cells, count as on it: 0.7 * 10 is 7.000000000000001.
+_EDGE_TOLERANCE = 1e-6
+# The least share that "area" gives to the best cell of a region too small for a float.
+_LEAST_SHARE = 2.0**-23
+
+
+def rasterize(region: "Any", grid: "tuple[int, int]", rule: "str" = "area") -> "torch.Tensor":
+    """A box or a mask on a grid.
+
+    Args:
+        region: a box (x0, y0, x1, y1), fractions in [0, 1] of width and height; or a mask `(H, W)`, values in [0, 1],
+            at any resolution of the same canvas.
+        grid: (h, w), rows and columns of cells.
+        rule: what a cell `(i, j)`, which spans rows [i/h, (i+1)/h) and columns [j/w, (j+1)/w) of the canvas, gets:
+
+            - "area": the share of the cell that the region covers, exact, in [0, 1] (a mask counts as squares of
+              constant value);
+            - "cover": 1 where the region touches the cell's inside at all: rows floor(y0 h) to ceil(y1 h), columns
+              alike; for a mask, where any non-zero pixel overlaps the cell;
+            - "round": a box's edges move to the nearest cell border, halves upwards: rows floor(y0 h + 1/2) up to but
+              without floor(y1 h + 1/2), columns alike; for a mask, 1 where the share is at least one half;
+            - "point": 1 where the cell's centre lies in the region, edges y0 and x0 included, y1 and x1 not; for a
+              mask, the pixel under the centre, 1 if it is at least one half.
+
+    Returns:
+        float32 `(h, w)`, on the mask's device. Never empty: where a rule picks nothing, the cell that is covered most
+        is 1 (first such cell by rows). For a box under "round" and "point" that is decided for rows and columns apart.
+
+    Raises:
+        RegionError: unknown rule, a grid without cells, or a mask that is empty, not `(H, W)`, or not within [0, 1].
+        LayoutError: a box that breaks its rules.
+    """
+    if rule not in RASTER_RULES:
+        raise RegionError(f"`rule` must be one of {RASTER_RULES}, got {shown_value(rule)}.")
+    rows, columns = check_grid(grid)
+    if isinstance(region, torch.Tensor) and region.ndim == 2:
+        return _rasterize_mask(region, rows, columns, rule)
+    if isinstance(region, torch.Tensor) and region.shape != (4,):
+        raise RegionError(f"`region` must be a box of 4 numbers or a mask (H, W), got shape {tuple(region.shape)}.")
+    x0, y0, x1, y1 = check_box(region, "region")
+    sides = (_box_side(y0, y1, rows, rule), _box_side(x0, x1, columns, rule))
+    cells = torch.outer(*sides)
+    if cells.max() < _LEAST_SHARE:
+        cells[int(sides[0].argmax()), int(sides[1].argmax())] = _LEAST_SHARE
+    return cells.float()
+
+
+def check_grid(grid: "Any") -> "tuple[int, int]":
+    """`grid` as (rows, columns), both at least 1.
+
+    Raises:
+        RegionError: anything else.
+    """
+    pair = tuple(grid) if isinstance(grid, (tuple, list, torch.Size)) else ()
+    if len(pair) != 2 or not all(type(side) is int and side >= 1 for side in pair):
+        raise RegionError(f"`grid` must be (rows, columns), two whole numbers of at least 1, got {shown_value(grid)}.")
+    return pair[0], pair[1]
+
+
+def grids_of(height: "int", width: "int", levels: "int") -> "list[tuple[int, int]]":
+    """The grids of a UNet's levels, finest first: each side is halved rounding up, as its down-samplers do.
+
+    Args:
+        height, width: sides of the latents, in cells.
+        levels: number of levels, at least 1 (a UNet has one per down block).
+    """
+    grids = [check_grid((height, width))]
+    for _ in range(levels - 1):
+        height, width = (height + 1) // 2, (width + 1) // 2
+        grids.append((height, width))
+    return grids
+
+
+def token_grid(num_tokens: "int", height: "int", width: "int") -> "tuple[int, int]":
+    """The grid `(h, w)` of `num_tokens` cells that halving a canvas' sides, rounding up, arrives at.
+
+    Raises:
+        RegionError: none has so many.
+    """
+    canvas = (height, width)
+    while height * width > num_tokens and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != num_tokens:
+        raise RegionError(
+            f"`num_tokens` must be the number of cells of a level of the canvas {canvas}, got {num_tokens}."
+        )
+    return height, width
+
+
+def region_area(region: "Any") -> "float":
+    """Share of the canvas that a box or a mask `(H, W)` covers, in (0, 1]."""
+    if isinstance(region, torch.Tensor) and region.ndim == 2:
+        return float(_checked_soft_mask(region).mean())
+    x0, y0, x1, y1 = check_box(region, "region")
+    return (x1 - x0) * (y1 - y0)
+
+
+def front_order(orders: "Sequence[int]", areas: "Sequence[float]") -> "list[int]":
+    """Indices of the objects from front to back: higher order first, ties: the smaller one, then the earlier one."""
+    return sorted(range(len(orders)), key=lambda index: (-orders[index], areas[index], index))
+
+
+def exclusive_regions(regions: "torch.Tensor", orders: "Sequence[int]", areas: "Sequence[float]") -> "torch.Tensor":
+    """Give each cell to one region at most: the one in front.
+
+    A region that would lose all its cells gets one of them back, so none vanishes: the one that disturbs the others
+    least and that it covers most.
+
+    Args:
+        regions: `(N, h, w)`, values in [0, 1], none empty.
+        orders: `SceneObject.order` of each.
+        areas: size of each, in any unit; the smaller one is in front where orders are equal.
+
+    Returns:
+        `(N, h, w)`: the regions with 0 in the cells they do not own. No cell is positive in two of them.
+
+    Raises:
+        RegionError: the grid has too few cells for each region to keep one, or a region is empty.
+    """
+    owners = _front_owners(regions, orders, areas)
+    if len(regions) and not _all_own_a_cell(owners, len(regions)):
+        kept = _one_cell_each(regions, owners)
+        if kept is None:
+            raise RegionError(
+                f"`regions` must leave each of the {len(regions)} regions a cell of its own on the grid "
+                f"{tuple(regions.shape[1:])}: there are too many of them in the same cells."
+            )
+        for index, cell in enumerate(kept):
+            owners.view(-1)[cell] = index
+    return regions * _ownership(owners, len(regions)).to(regions)
+
+
+def shared_ownership(regions: "torch.Tensor", orders: "Sequence[int]", areas: "Sequence[float]") -> "torch.Tensor":
+    """Whose a cell is, in shares, for grids that may have fewer cells than regions.
+
+    As `exclusive_regions` where that is possible. Where it is not, each region without a cell becomes a part owner of
+    the cell it covers most, and the owners of a cell share it equally.
+
+    Args:
+        regions, orders, areas: as in `exclusive_regions`.
+
+    Returns:
+        `(N, h, w)`, shares in [0, 1] whose sum over the regions is 1 in every cell that a region reaches and 0 in the
+        others. No region is without a share.
+
+    Raises:
+        RegionError: a region is empty.
+    """
+    owners = _front_owners(regions, orders, areas)
+    count = len(regions)
+    if not count:
+        return regions.clone()
+    if not _all_own_a_cell(owners, count):
+        kept = _one_cell_each(regions, owners)
+        if kept is not None:
+            for index, cell in enumerate(kept):
+                owners.view(-1)[cell] = index
+    shares = _ownership(owners, count)
+    for index in range(count):
+        if not shares[index].any():
+            shares[index].view(-1)[int(regions[index].reshape(-1).argmax())] = 1.0
+    return (shares / shares.sum(0).clamp(min=1.0)).to(regions)
+
+
+class RegionPyramid:
+    """The regions of one picture on every grid of the UNet; each grid is built once.
+
+    Args:
+        regions: boxes and masks, as `rasterize` takes them; may be none.
+        canvas: (h, w), the finest grid: the sides of the latents.
+        rule: a rule of `rasterize`.
+        orders: `SceneObject.order` of each region; None: all 0.
+        exclusive: each cell belongs to one region: `exclusive_regions` on the finest grid, and on coarser ones
+            `shared_ownership` times the region where they have too few cells for that.
+
+    Raises:
+        RegionError: a region breaks a rule or, with `exclusive`, the finest grid cannot hold them all.
+    """
+
+    def __init__(
+        self,
+        regions: "Sequence[Any]",
+        canvas: "tuple[int, int]",
+        rule: "str" = "area",
+        orders: "Sequence[int] | None" = None,
+        exclusive: "bool" = False,
+    ) -> "None":
+        self.regions, self.canvas, self.rule, self.exclusive = list(regions), check_grid(canvas), rule, exclusive
+        self.orders = [0] * len(self.regions) if orders is None else list(orders)
+        if len(self.orders) != len(self.regions):
+            raise RegionError(f"`orders` must be one per region ({len(self.regions)}), got {len(self.orders)}.")
+        self.areas = [region_area(region) for region in self.regions]
+        self._built: "dict[tuple[int, int], torch.Tensor]" = {}
+        self._moved: "dict[Any, torch.Tensor]" = {}
+        self.at(self.canvas)
+
+    @classmethod
+    def from_objects(cls, objects: "Sequence[Any]", canvas: "tuple[int, int]", **options: "Any") -> "RegionPyramid":
+        """The pyramid of `SceneObject`s: the mask of each or else its box, and its order.
+
+        Raises:
+            MissingFieldError: an object has neither.
+        """
+        for index, obj in enumerate(objects):
+            if obj.mask is None and obj.box is None:
+                raise MissingFieldError(f"`objects[{index}]` must have a `mask` or a `box`, got neither.")
+        regions = [obj.box if obj.mask is None else obj.mask for obj in objects]
+        return cls(regions, canvas, orders=[obj.order for obj in objects], **options)
+
+    def __len__(self) -> "int":
+        return len(self.regions)
+
+    def at(self, grid: "tuple[int, int]", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
+        """The regions on a grid, `(N, h, w)`, values in [0, 1]; the same tensor for the same arguments."""
+        grid = check_grid(grid)
+        if grid not in self._built:
+            self._built[grid] = self._build(grid)
+        if device is None and dtype == torch.float32:
+            return self._built[grid]
+        key = (grid, str(device), dtype)
+        if key not in self._moved:
+            self._moved[key] = self._built[grid].to(device=device, dtype=dtype)
+        return self._moved[key]
+
+    def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
+        """The regions on the level with `num_tokens` cells, as `at` gives them."""
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
+
+    def _build(self, grid: "tuple[int, int]") -> "torch.Tensor":
+        if not self.regions:
+            return torch.zeros(0, *grid)
+        regions = torch.stack([rasterize(region, grid, self.rule).cpu() for region in self.regions])
+        if not self.exclusive:
+            return regions
+        if grid == self.canvas:
+            return exclusive_regions(regions, self.orders, self.areas)
+        return regions * shared_ownership(regions, self.orders, self.areas)
+
+
+class RegionPyramidBatch:
+    """The region pyramids of a batch, padded with empty regions to the largest number of objects.
+
+    Args:
+        pyramids: one per picture, all with the same canvas.
+    """
+
+    def __init__(self, pyramids: "Sequence[RegionPyramid]") -> "None":
+        canvases = {pyramid.canvas for pyramid in pyramids}
+        if len(canvases) != 1:
+            raise RegionError(f"`pyramids` must have one canvas in common, got {sorted(canvases)}.")
+        self.pyramids, self.canvas = list(pyramids), canvases.pop()
+        self.num_regions = max(len(pyramid) for pyramid in self.pyramids)
+        self._padded: "dict[Any, torch.Tensor]" = {}
+
+    @property
+    def valid(self) -> "torch.Tensor":
+        """bool `(B, N)`: False where a region is padding."""
+        counts = torch.tensor([len(pyramid) for pyramid in self.pyramids])
+        return torch.arange(self.num_regions)[None] < counts[:, None]
+
+    def at(self, grid: "tuple[int, int]", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
+        """The regions on a grid, `(B, N, h, w)`, padding 0."""
+        key = (check_grid(grid), str(device), dtype)
+        if key not in self._padded:
+            padded = torch.zeros(len(self.pyramids), self.num_regions, *grid)
+            for row, pyramid in zip(padded, self.pyramids, strict=True):
+                row[: len(pyramid)] = pyramid.at(grid)
+            self._padded[key] = padded.to(device=device, dtype=dtype)
+        return self._padded[key]
+
+    def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
+        """The regions on the level with `num_tokens` cells, as `at` gives them."""
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
+
+
+def _box_side(start: "float", stop: "float", count: "int", rule: "str") -> "torch.Tensor":
+    """One axis of a box on `count` cells: the share of each cell, or {0, 1}; float64 `(count,)`, never all 0."""
+    low, high = start * count, stop * count
+    borders = torch.arange(count + 1, dtype=torch.float64)
+    shares = (borders[1:].clamp(max=high) - borders[:-1].clamp(min=low)).clamp(min=0.0)
+    # Rounded, so that of two equal shares the first is the largest on every machine.
+    best = int(shares.mul(2**20).round().argmax()) if high - low > _EDGE_TOLERANCE else min(int(low), count - 1)
+    if rule == "area":
+        if shares.max() <= 0:
+            shares[best] = _LEAST_SHARE
+        return shares
+    if rule == "cover":
+        first, last = math.floor(low + _EDGE_TOLERANCE), math.ceil(high - _EDGE_TOLERANCE)
+    elif rule == "round":
+        first, last = math.floor(low + 0.5 + _EDGE_TOLERANCE), math.floor(high + 0.5 + _EDGE_TOLERANCE)
+    else:
+        first, last = math.ceil(low - 0.5 - _EDGE_TOLERANCE), math.ceil(high - 0.5 - _EDGE_TOLERANCE)
+    side = torch.zeros(count, dtype=torch.float64)
+    side[max(first, 0) : min(last, count)] = 1.0
+    if not side.any():
+        side[best] = 1.0
+    return side
+
+
+def _checked_soft_mask(mask: "torch.Tensor") -> "torch.Tensor":
+    """A mask as float64 on the CPU."""
+    values = mask.detach().cpu().double()
+    if 0 in values.shape or not bool(((values >= 0) & (values <= 1)).all()):
+        raise RegionError(f"`region` must be a mask (H, W) with values in [0, 1], got shape {tuple(mask.shape)}.")
+    if not values.any():
+        raise RegionError(f"`region` must not be empty, got a mask of zeros of shape {tuple(mask.shape)}.")
+    return values
+
+
+def _rasterize_mask(mask: "torch.Tensor", rows: "int", columns: "int", rule: "str") -> "torch.Tensor":
+    values = _checked_soft_mask(mask)
+    height, width = values.shape
+    down, across = _overlaps_of_cells(height, rows), _overlaps_of_cells(width, columns)
+    shares = (down @ values @ across.T).clamp(0.0, 1.0)
+    if rule == "area":
+        cells = shares
+    elif rule == "cover":
+        touched = (down > _EDGE_TOLERANCE).double() @ (values > 0).double() @ (across > _EDGE_TOLERANCE).double().T
+        cells = (touched > 0.5).double()
+    elif rule == "round":
+        cells = (shares >= 0.5 - _EDGE_TOLERANCE).double()
+    else:
+        # In whole numbers: pixel floor((i + 1/2) H / h).
+        pixel_rows = torch.tensor([(2 * row + 1) * height // (2 * rows) for row in range(rows)])
+        pixel_columns = torch.tensor([(2 * column + 1) * width // (2 * columns) for column in range(columns)])
+        cells = (values[pixel_rows][:, pixel_columns] >= 0.5).double()
+    if cells.max() < _LEAST_SHARE:
+        best = int(shares.mul(2**40).round().argmax())
+        cells.view(-1)[best] = _LEAST_SHARE if rule == "area" else 1.0
+    return cells.float().to(mask.device)
+
+
+def _overlaps_of_cells(pixels: "int", cells: "int") -> "torch.Tensor":
+    """Share of each cell that each pixel fills, float64 `(cells, pixels)`; each row sums to 1."""
+    borders = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
+    edges = torch.arange(pixels + 1, dtype=torch.float64)
+    upper = torch.minimum(borders[1:, None], edges[None, 1:])
+    lower = torch.maximum(borders[:-1, None], edges[None, :-1])
+    return (upper - lower).clamp(min=0.0) * (cells / pixels)
+
+
+def _front_owners(regions: "torch.Tensor", orders: "Sequence[int]", areas: "Sequence[float]") -> "torch.Tensor":
+    """The index of the frontmost region in each cell, -1 where there is none; int64 `(h, w)` on the CPU."""
+    if regions.ndim != 3 or not len(regions) == len(orders) == len(areas):
+        raise RegionError(
+            f"`regions` must have shape (N, h, w) with one order and one area each, got shape {tuple(regions.shape)}, "
+            f"{len(orders)} orders and {len(areas)} areas."
+        )
+    present = (regions > 0).cpu()
+    empty = [index for index in range(len(regions)) if not present[index].any()]
+    if empty:
+        raise RegionError(f"`regions` must not be empty, got nothing in regions {empty}.")
+    owners = torch.full(tuple(regions.shape[1:]), -1, dtype=torch.int64)
+    for index in reversed(front_order(orders, areas)):
+        owners[present[index]] = index
+    return owners
+
+
+def _all_own_a_cell(owners: "torch.Tensor", count: "int") -> "bool":
+    return len(set(owners.unique().tolist()) - {-1}) == count
+
+
+def _ownership(owners: "torch.Tensor", count: "int") -> "torch.Tensor":
+    """{0, 1} float `(N, h, w)` of a map of owners."""
+    return (owners[None] == torch.arange(count)[:, None, None]).float()
+
+
+def _one_cell_each(regions: "torch.Tensor", owners: "torch.Tensor") -> "list[int] | None":
+    """A cell (flat index) for every region, all different and each inside its region; None if there are too few.
+
+    The assignment that takes fewest cells from their owners, and among those the one whose cells are covered most.
+    """
+    count = len(regions)
+    shares = regions.detach().cpu().double().reshape(count, -1)
+    flat_owners = owners.reshape(-1)
+    foreign = (flat_owners[None] != torch.arange(count)[:, None]).double()
+    cost = foreign * (2.0 * count) + (1.0 - shares.clamp(max=1.0))
+    impossible = 100.0 * (count + 1) ** 2
+    cost[shares <= 0] = impossible
+    if cost.shape[1] < count:
+        return None
+    chosen = linear_sum_assignment(cost.numpy())[1]
+    if any(cost[index, cell] >= impossible for index, cell in enumerate(chosen)):
+        return None
+    return [int(cell) for cell in chosen]
+
+
 # --- objectcompose.pipelines.pipeline_output
 
 @dataclass(frozen=True)
@@ -3142,15 +4717,6 @@ def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
             )
 
 
-def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
-    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
-    height, width = latent_height, latent_width
-    while height * width > num_tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
-    return height, width
-
-
 class PhraseMapRecorder:
     """Running mean of the attention maps of phrases.
 
@@ -3189,8 +4755,8 @@ class PhraseMapRecorder:
         if self._grid is None:
             self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
         for layer_map in maps.values():  # (B, HW, T)
-            membership = self._membership.to(layer_map.device)
-            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            self._membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ self._membership).transpose(1, 2)  # (B, N, HW)
             phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
             if phrase_map.shape[-2:] != self._grid:
                 phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
@@ -3210,689 +4776,11 @@ class PhraseMapRecorder:
         return [{item.label: means[b, n] for n, item in enumerate(row)} for b, row in enumerate(self.placed)]
 
 
-# --- objectcompose.pipelines.image_prompts
-
-class ImagePromptStepsMixin:
-    """Part of `StableDiffusionStepsMixin`; each step returns what that of `diffusers.StableDiffusionPipeline` does."""
-
-    unet: "Any"
-    feature_extractor: "Any"
-    image_encoder: "Any"
-
-    def encode_image(
-        self, image: "Any", device: "torch.device | str", num_images_per_prompt: "int", output_hidden_states: "bool" = False
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Embed pictures for an IP-Adapter.
-
-        Returns:
-            The embeddings and their unconditional counterparts: `(B * n, C)` each, or `(B * n, L, C)` hidden states of
-            the last but one layer with `output_hidden_states`.
-        """
-        dtype = next(self.image_encoder.parameters()).dtype
-        if not isinstance(image, torch.Tensor):
-            image = self.feature_extractor(image, return_tensors="pt").pixel_values
-        image = image.to(device=device, dtype=dtype)
-        if output_hidden_states:
-            embeds = self.image_encoder(image, output_hidden_states=True).hidden_states[-2]
-            # the adapters that read hidden states were trained with an all-zero picture as the unconditional one
-            blank = self.image_encoder(torch.zeros_like(image), output_hidden_states=True).hidden_states[-2]
-            blank = blank.repeat_interleave(num_images_per_prompt, dim=0)
-        else:
-            embeds = self.image_encoder(image).image_embeds
-            blank = torch.zeros_like(embeds).repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds.repeat_interleave(num_images_per_prompt, dim=0), blank
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: "Any",
-        ip_adapter_image_embeds: "list[torch.Tensor] | None",
-        device: "torch.device | str",
-        num_images_per_prompt: "int",
-        do_classifier_free_guidance: "bool",
-    ) -> "list[torch.Tensor]":
-        """One tensor per loaded IP-Adapter, its rows ordered `[uncond, cond]` under guidance.
-
-        `num_images_per_prompt` is how often the embeddings are repeated: diffusers passes the whole batch here.
-        """
-        pairs: "list[tuple[Any, ...]]"
-        if ip_adapter_image_embeds is None:
-            images = ip_adapter_image if isinstance(ip_adapter_image, list) else [ip_adapter_image]
-            pairs = []
-            for image, layer in zip(images, self.unet.encoder_hid_proj.image_projection_layers, strict=True):
-                embeds, blank = self.encode_image(image, device, 1, not isinstance(layer, ImageProjection))
-                pairs.append((blank[None, :], embeds[None, :]))
-        elif do_classifier_free_guidance:
-            pairs = [tuple(embeds.chunk(2)) for embeds in ip_adapter_image_embeds]
-        else:
-            pairs = [(None, embeds) for embeds in ip_adapter_image_embeds]
-
-        prepared = []
-        for blank, embeds in pairs:
-            rows = torch.cat([embeds] * num_images_per_prompt, dim=0)
-            if do_classifier_free_guidance:
-                rows = torch.cat([torch.cat([blank] * num_images_per_prompt, dim=0), rows], dim=0)
-            prepared.append(rows.to(device=device))
-        return prepared
-
-
-# --- objectcompose.pipelines.steps
-
-steps_logger = logging.get_logger(__name__)
-
-
-def modernize_scheduler(scheduler: "Any") -> "None":
-    """Give a scheduler with a config from before diffusers 0.10 the two settings that Stable Diffusion means.
-
-    `StableDiffusionPipeline` does the same to the scheduler it is given, so without this a pipeline that was built
-    from the same old checkpoint would sample other pictures.
-    """
-    if scheduler is None:
-        return
-    wanted = {}
-    if getattr(scheduler.config, "steps_offset", 1) != 1:
-        wanted["steps_offset"] = 1
-    if getattr(scheduler.config, "clip_sample", False) is True:
-        wanted["clip_sample"] = False
-    if wanted:
-        steps_logger.warning(f"The scheduler's config is outdated for Stable Diffusion; using {wanted}.")
-        scheduler.register_to_config(**wanted)
-
-
-def rescale_guided_noise(noise_pred: "torch.Tensor", noise_pred_text: "torch.Tensor", rescale: "float") -> "torch.Tensor":
-    """Bring the guided prediction's standard deviation back towards the conditional one's.
-
-    "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), section 3.4.
-
-    Args:
-        noise_pred: the guided prediction, shape `(B, C, h, w)`.
-        noise_pred_text: the conditional prediction, same shape.
-        rescale: 0 keeps `noise_pred`, 1 takes the rescaled one.
-    """
-    axes = list(range(1, noise_pred.ndim))
-    std_text, std_guided = noise_pred_text.std(dim=axes, keepdim=True), noise_pred.std(dim=axes, keepdim=True)
-    rescaled = noise_pred * (std_text / std_guided)
-    return rescale * rescaled + (1 - rescale) * noise_pred
-
-
-def accepts_argument(function: "Any", name: "str") -> "bool":
-    """Whether a function's signature names the argument `name`."""
-    return name in inspect.signature(function).parameters
-
-
-def _saved_before_diffusers_0_9(unet: "Any") -> "bool":
-    saved = getattr(unet.config, "_diffusers_version", None)
-    return saved is not None and version.parse(version.parse(saved).base_version) < version.parse("0.9.0.dev0")
-
-
-class StableDiffusionStepsMixin(ImagePromptStepsMixin):
-    """Steps of a Stable Diffusion call, each one usable alone. Expects the components of `StableDiffusionPipeline`."""
-
-    # components that the pipeline registers; `Any` because each of them may be None
-    vae: "Any"
-    text_encoder: "Any"
-    tokenizer: "Any"
-    unet: "Any"
-    scheduler: "Any"
-    safety_checker: "Any"
-    image_processor: "Any"
-    vae_scale_factor: "int"
-    _num_timesteps: "int"  # set by each pipeline once it knows its timesteps
-
-    # ---- what a running call can be asked
-
-    @property
-    def guidance_scale(self) -> "float":
-        """The guidance scale of the running call; a callback may set `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> "float":
-        """The guidance rescale of the running call."""
-        return self._guidance_rescale
-
-    @property
-    def clip_skip(self) -> "int | None":
-        """How many of the text encoder's last layers the running call skips."""
-        return self._clip_skip
-
-    @property
-    def do_classifier_free_guidance(self) -> "bool":
-        """Whether the running call predicts an unconditional half too."""
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
-    @property
-    def cross_attention_kwargs(self) -> "dict[str, Any] | None":
-        """The extra arguments that reach the attention processors."""
-        return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> "int":
-        """The number of iterations of the running call's denoising loop."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> "bool":
-        """True once a callback has asked the running call to stop."""
-        return self._interrupt
-
-    def set_call_state(
-        self,
-        guidance_scale: "float",
-        guidance_rescale: "float",
-        clip_skip: "int | None",
-        cross_attention_kwargs: "dict[str, Any] | None",
-    ) -> "None":
-        """Store what the properties above read; called once at the start of a call."""
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-
-    # ---- text
-
-    def encode_prompt(
-        self,
-        prompt: "str | list[str] | None",
-        device: "torch.device | str",
-        num_images_per_prompt: "int",
-        do_classifier_free_guidance: "bool",
-        negative_prompt: "str | list[str] | None" = None,
-        prompt_embeds: "torch.Tensor | None" = None,
-        negative_prompt_embeds: "torch.Tensor | None" = None,
-        lora_scale: "float | None" = None,
-        clip_skip: "int | None" = None,
-    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Encode prompts, or repeat embeddings that are given.
-
-        Args:
-            prompt: one prompt or a list of B prompts; None when `prompt_embeds` is given.
-            device: where the embeddings go.
-            num_images_per_prompt: how often each row is repeated (n); the copies of a prompt lie side by side.
-            do_classifier_free_guidance: whether the negative half is needed.
-            negative_prompt: one prompt for all rows or a list of B; None stands for the empty prompt.
-            prompt_embeds: shape `(B, L, C)`.
-            negative_prompt_embeds: shape `(B, L, C)`.
-            lora_scale: strength of LoRA layers in the text encoder.
-            clip_skip: how many of the text encoder's last layers to skip.
-
-        Returns:
-            `prompt_embeds` and `negative_prompt_embeds`, both `(B * n, L, C)`; the second is what was given, or None,
-            when there is no guidance.
-        """
-        if lora_scale is not None:
-            self._lora_scale = lora_scale
-            if USE_PEFT_BACKEND and self.text_encoder is not None:
-                scale_lora_layers(self.text_encoder, lora_scale)
-        try:
-            if prompt_embeds is None:
-                prompts = [prompt] if isinstance(prompt, str) else prompt
-                prompt_embeds = self._encode_texts(prompts, device, clip_skip=clip_skip, warn_truncation=True)
-            batch_size = prompt_embeds.shape[0]
-            dtype = self._prompt_embeds_dtype(prompt_embeds)
-            prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
-
-            if do_classifier_free_guidance:
-                if negative_prompt_embeds is None:
-                    negatives = "" if negative_prompt is None else negative_prompt
-                    negatives = [negatives] * batch_size if isinstance(negatives, str) else negatives
-                    # the unconditional half keeps the last layer whatever `clip_skip` says, as in diffusers
-                    negative_prompt_embeds = self._encode_texts(negatives, device, max_length=prompt_embeds.shape[1])
-                negative_prompt_embeds = negative_prompt_embeds.to(dtype=dtype, device=device)
-                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        finally:
-            if USE_PEFT_BACKEND and self.text_encoder is not None:
-                unscale_lora_layers(self.text_encoder, lora_scale)
-        return prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0), negative_prompt_embeds
-
-    def _prompt_embeds_dtype(self, prompt_embeds: "torch.Tensor") -> "torch.dtype":
-        if self.text_encoder is not None:
-            return self.text_encoder.dtype
-        return self.unet.dtype if self.unet is not None else prompt_embeds.dtype
-
-    def _encode_texts(
-        self,
-        texts: "Any",
-        device: "torch.device | str",
-        max_length: "int | None" = None,
-        clip_skip: "int | None" = None,
-        warn_truncation: "bool" = False,
-    ) -> "torch.Tensor":
-        """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
-        max_length = self.tokenizer.model_max_length if max_length is None else max_length
-        texts = self.expand_placeholders(texts)
-        inputs = self.tokenizer(
-            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-        )
-        if warn_truncation:
-            self._warn_truncation(texts)
-        # only some of SD 2.x's text encoders were trained with a mask
-        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        attention_mask = inputs.attention_mask.to(device) if use_mask else None
-        output = self.text_encoder(
-            inputs.input_ids.to(device), attention_mask=attention_mask, output_hidden_states=clip_skip is not None
-        )
-        if clip_skip is None:
-            return output[0]
-        # an inner layer has not passed the final norm that the UNet was trained behind
-        final_layer_norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
-        return final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-
-    def _warn_truncation(self, texts: "list[str]") -> "None":
-        limit = self.tokenizer.model_max_length
-        for text in texts:
-            ids = self.tokenizer(text, truncation=False).input_ids
-            if len(ids) > limit:
-                removed = self.tokenizer.decode(ids[limit - 1 : -1])
-                steps_logger.warning(
-                    f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
-                )
-
-    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
-        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
-        if isinstance(self, TextualInversionLoaderMixin):
-            return self.maybe_convert_prompt(list(texts), self.tokenizer)
-        return list(texts)
-
-    # ---- latents and scheduler
-
-    def default_size(self) -> "tuple[int, int]":
-        """Height and width in pixels of the pictures that the UNet was trained on."""
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ObjectComposeError(
-                "`height` and `width` (in training `resolution`) are needed: the UNet's config has no `sample_size`."
-            )
-        if isinstance(size, int) and size < 64 and _saved_before_diffusers_0_9(self.unet):
-            size = 64  # those versions wrote a wrong size into the UNet's config
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
-
-    def latent_size(self, height: "int", width: "int") -> "tuple[int, int]":
-        """Height and width of the latents of a picture of `height` x `width` pixels."""
-        return int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
-
-    def prepare_latents(
-        self,
-        batch_size: "int",
-        num_channels_latents: "int",
-        height: "int",
-        width: "int",
-        dtype: "torch.dtype",
-        device: "torch.device | str",
-        generator: "torch.Generator | list[torch.Generator] | None",
-        latents: "torch.Tensor | None" = None,
-    ) -> "torch.Tensor":
-        """Initial noise `(batch_size, C, h, w)`, scaled as the scheduler wants it. Given latents are N(0, 1) noise."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ObjectComposeError(
-                f"`generator` must hold one generator per picture: got {len(generator)} for {batch_size} pictures."
-            )
-        if latents is None:
-            shape = (batch_size, num_channels_latents, *self.latent_size(height, width))
-            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
-        else:
-            latents = latents.to(device)
-        return latents * self.scheduler.init_noise_sigma
-
-    def prepare_timesteps(
-        self,
-        num_inference_steps: "int",
-        device: "torch.device | str",
-        timesteps: "list[int] | None" = None,
-        sigmas: "list[float] | None" = None,
-    ) -> "tuple[torch.Tensor, int]":
-        """Set the scheduler's timesteps; returns them and the number of steps they stand for.
-
-        Raises:
-            ObjectComposeError: the scheduler cannot follow them, for example more steps than it was trained with.
-        """
-        name: "str" = "num_inference_steps"
-        asked: "int | list[int] | list[float]" = num_inference_steps
-        if timesteps is not None:
-            name, asked = "timesteps", timesteps
-        elif sigmas is not None:
-            name, asked = "sigmas", sigmas
-        try:
-            self.scheduler.set_timesteps(**{name: asked}, device=device)
-        except ValueError as error:
-            kind = type(self.scheduler).__name__
-            raise ObjectComposeError(f"`{name}` cannot be used with {kind}: {error}") from error
-        is_custom = name != "num_inference_steps"
-        return self.scheduler.timesteps, len(self.scheduler.timesteps) if is_custom else num_inference_steps
-
-    def prepare_extra_step_kwargs(
-        self, generator: "torch.Generator | list[torch.Generator] | None", eta: "float"
-    ) -> "dict[str, Any]":
-        """`eta` and `generator`, each only where the scheduler's `step` takes it (DDIM takes both)."""
-        extra = {"eta": eta, "generator": generator}
-        return {name: value for name, value in extra.items() if accepts_argument(self.scheduler.step, name)}
-
-    def get_guidance_scale_embedding(
-        self, w: "torch.Tensor", embedding_dim: "int" = 512, dtype: "torch.dtype" = torch.float32
-    ) -> "torch.Tensor":
-        """Sinusoidal embedding `(B, embedding_dim)` of guidance scales `w` `(B,)`, for distilled UNets (LCM)."""
-        half = embedding_dim // 2
-        decay = torch.log(torch.tensor(10000.0)) / (half - 1)
-        frequencies = torch.exp(torch.arange(half, dtype=dtype) * -decay)
-        angles = (w * 1000.0).to(dtype)[:, None] * frequencies[None, :]
-        embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
-        return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))
-
-    def prepare_timestep_cond(self, batch_size: "int", device: "torch.device | str", dtype: "torch.dtype") -> "Any":
-        """The guidance scale as a condition of the UNet, or None for UNets that take none (all but distilled ones)."""
-        embedding_dim = self.unet.config.time_cond_proj_dim
-        if embedding_dim is None:
-            return None
-        scales = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
-        return self.get_guidance_scale_embedding(scales, embedding_dim=embedding_dim).to(device=device, dtype=dtype)
-
-    def guide(self, noise_pred: "torch.Tensor") -> "torch.Tensor":
-        """Join the two halves `[uncond, cond]` of a prediction by classifier-free guidance; without it, return it."""
-        if not self.do_classifier_free_guidance:
-            return noise_pred
-        uncond, text = noise_pred.chunk(2)
-        guided = uncond + self.guidance_scale * (text - uncond)
-        return rescale_guided_noise(guided, text, self.guidance_rescale) if self.guidance_rescale > 0.0 else guided
-
-    # ---- pictures
-
-    def run_safety_checker(
-        self, image: "torch.Tensor", device: "torch.device | str", dtype: "torch.dtype"
-    ) -> "tuple[torch.Tensor, list[bool] | None]":
-        """Let the safety checker, if there is one, black out pictures `(B, 3, H, W)` in [-1, 1]."""
-        if self.safety_checker is None:
-            return image, None
-        pictures = self.image_processor.postprocess(image, output_type="pil")
-        clip_input = self.feature_extractor(pictures, return_tensors="pt").to(device).pixel_values
-        return self.safety_checker(images=image, clip_input=clip_input.to(dtype))
-
-    def decode_to_output(
-        self,
-        latents: "torch.Tensor",
-        output_type: "str",
-        generator: "torch.Generator | list[torch.Generator] | None",
-        device: "torch.device | str",
-        dtype: "torch.dtype",
-    ) -> "tuple[Any, list[bool] | None]":
-        """Latents `(B, C, h, w)` to what `output_type` asks for, and the safety checker's verdicts.
-
-        Returns:
-            Pictures as a list of PIL images ("pil"), an array `(B, H, W, 3)` in [0, 1] ("np"), a tensor `(B, 3, H, W)`
-            in [0, 1] ("pt"), or the latents themselves ("latent"); and a list of B verdicts or None.
-        """
-        if output_type == "latent":
-            return latents, None
-        scaled = latents / self.vae.config.scaling_factor
-        image = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
-        image, nsfw = self.run_safety_checker(image, device, dtype)
-        # a blacked-out picture is already in [0, 1]
-        do_denormalize = [True] * image.shape[0] if nsfw is None else [not flagged for flagged in nsfw]
-        return self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize), nsfw
-
-
-# --- objectcompose.pipelines.call_checks
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-def check_checkpoint(vae: "Any", text_encoder: "Any", unet: "Any") -> "None":
-    """Raise `CheckpointError` unless the components fit together as in Stable Diffusion 1.x/2.x; None is left out."""
-    if unet is None:
-        return
-    config = unet.config
-    if config.addition_embed_type is not None:
-        raise CheckpointError(
-            "`unet` must be of the Stable Diffusion 1.x/2.x layout, got one that also wants"
-            f" {config.addition_embed_type!r} embeddings, as SDXL's does."
-        )
-    if vae is not None and config.in_channels != vae.config.latent_channels:
-        raise CheckpointError(
-            f"`unet` must read the {vae.config.latent_channels} latent channels of `vae`, got one that reads"
-            f" {config.in_channels} (a checkpoint for inpainting or depth?)."
-        )
-    width = config.cross_attention_dim
-    if text_encoder is None or not isinstance(width, int) or config.encoder_hid_dim is not None:
-        return
-    if text_encoder.config.hidden_size != width:
-        raise CheckpointError(
-            f"`unet` must read text of width {text_encoder.config.hidden_size}, which `text_encoder` writes, got one"
-            f" that reads {width}: they are of different checkpoints."
-        )
-
-
-def check_count(name: "str", value: "Any", minimum: "int" = 1) -> "None":
-    """Raise unless `value` is a whole number of at least `minimum` (booleans do not count)."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ObjectComposeError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
-
-
-def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "None":
-    """Raise unless `value` is a finite number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ObjectComposeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value):
-        raise NonFiniteError(f"`{name}` must be finite, got {value!r}.")
-    if minimum is not None and value < minimum:
-        raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
-
-
-def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
-    """Raise unless both sides are multiples of 8 and of the VAE's factor."""
-    multiple = math.lcm(8, vae_scale_factor)
-    for name, value in (("height", height), ("width", width)):
-        check_count(name, value)
-        if value % multiple:
-            raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
-
-
-def check_output_type(output_type: "Any") -> "None":
-    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
-    if output_type not in OUTPUT_TYPES:
-        raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-
-
-def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
-    """Raise unless `embeds` is a finite tensor `(B, L, C)` whose C is the width of the UNet's cross-attention."""
-    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
-        found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        raise ObjectComposeError(f"`{name}` must be a tensor of shape (batch, tokens, width), got {found}.")
-    width = unet.config.cross_attention_dim
-    if isinstance(width, int) and unet.config.encoder_hid_dim is None and embeds.shape[-1] != width:
-        raise ObjectComposeError(f"`{name}` must have width {width}, as the UNet expects, got {embeds.shape[-1]}.")
-    if not torch.isfinite(embeds).all():
-        raise NonFiniteError(f"`{name}` holds NaN or infinite values.")
-
-
-def check_call_text(name: "str", text: "Any") -> "None":
-    """Raise unless `text` is a string or a non-empty list of strings."""
-    if isinstance(text, str):
-        return
-    if not isinstance(text, list) or not text or not all(isinstance(item, str) for item in text):
-        raise ObjectComposeError(f"`{name}` must be a string or a non-empty list of strings, got {text!r}.")
-
-
-def check_prompts(
-    pipeline: "Any",
-    prompt: "Any",
-    negative_prompt: "Any",
-    prompt_embeds: "Any",
-    negative_prompt_embeds: "Any",
-    use_guidance: "bool",
-) -> "int":
-    """Check prompts and embeddings against each other and the pipeline's text encoder; returns the batch size B."""
-    for text_name, text, embeds_name, embeds in (
-        ("prompt", prompt, "prompt_embeds", prompt_embeds),
-        ("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds),
-    ):
-        if text is not None and embeds is not None:
-            raise ObjectComposeError(f"Give either `{text_name}` or `{embeds_name}`, not both.")
-        if text is not None:
-            check_call_text(text_name, text)
-        if embeds is not None:
-            check_embeds(embeds_name, embeds, pipeline.unet)
-    if prompt is None and prompt_embeds is None:
-        raise ObjectComposeError("Give either `prompt` or `prompt_embeds`, got neither.")
-    batch_size = prompt_embeds.shape[0] if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
-
-    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-        raise ObjectComposeError(
-            f"`negative_prompt` must be one string or one per prompt: got {len(negative_prompt)} for {batch_size}."
-        )
-    if negative_prompt_embeds is not None and prompt_embeds is not None:
-        if prompt_embeds.shape != negative_prompt_embeds.shape:
-            raise ObjectComposeError(
-                f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
-                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
-            )
-    elif negative_prompt_embeds is not None and pipeline.tokenizer is not None:
-        expected = (batch_size, pipeline.tokenizer.model_max_length)
-        if tuple(negative_prompt_embeds.shape[:2]) != expected:
-            raise ObjectComposeError(
-                f"`negative_prompt_embeds` must have shape {expected} (prompts, tokens) before the width to go with"
-                f" `prompt`, got {tuple(negative_prompt_embeds.shape[:2])}."
-            )
-    needs_encoder = prompt is not None or (use_guidance and negative_prompt_embeds is None)
-    if needs_encoder and (pipeline.text_encoder is None or pipeline.tokenizer is None):
-        raise ObjectComposeError(
-            "`prompt_embeds` (and `negative_prompt_embeds` under guidance) must be given: the pipeline has no text"
-            " encoder or no tokenizer."
-        )
-    return batch_size
-
-
-def check_clip_skip(clip_skip: "Any", text_encoder: "Any") -> "None":
-    """Raise unless `clip_skip` is None or leaves the text encoder at least its embeddings."""
-    if clip_skip is None:
-        return
-    check_count("clip_skip", clip_skip, minimum=0)
-    layers = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", None)
-    if layers is not None and clip_skip > layers:
-        raise ObjectComposeError(f"`clip_skip` must be at most {layers}, the text encoder's layers, got {clip_skip}.")
-
-
-def check_image_prompt(pipeline: "Any", image: "Any", image_embeds: "Any", use_guidance: "bool") -> "None":
-    """Check the two arguments of IP-Adapter against each other and the adapters that are loaded."""
-    loaded = pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj"
-    if image is None and image_embeds is None:
-        if loaded:
-            raise ObjectComposeError(
-                "An IP-Adapter is loaded: give `ip_adapter_image` or `ip_adapter_image_embeds`, or unload it."
-            )
-        return
-    if image is not None and image_embeds is not None:
-        raise ObjectComposeError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
-    if not loaded:
-        raise ObjectComposeError("`ip_adapter_image` needs an IP-Adapter: call `load_ip_adapter` first.")
-    adapters = len(pipeline.unet.encoder_hid_proj.image_projection_layers)
-    if image is not None:
-        count = len(image) if isinstance(image, list) else 1
-        if count != adapters:
-            raise ObjectComposeError(
-                f"`ip_adapter_image` must hold one entry per IP-Adapter: got {count}, {adapters} loaded."
-            )
-        if pipeline.image_encoder is None:
-            raise ObjectComposeError(
-                "`ip_adapter_image` needs an `image_encoder`; give `ip_adapter_image_embeds` instead."
-            )
-        return
-    if not isinstance(image_embeds, list) or len(image_embeds) != adapters:
-        raise ObjectComposeError(
-            f"`ip_adapter_image_embeds` must be a list of {adapters} tensors, one per IP-Adapter, got"
-            f" {len(image_embeds) if isinstance(image_embeds, list) else type(image_embeds).__name__}."
-        )
-    for embeds in image_embeds:
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim not in (3, 4):
-            raise ImageInputError("`ip_adapter_image_embeds` must hold 3D or 4D tensors.")
-        if use_guidance and embeds.shape[0] % 2:
-            raise ImageInputError(
-                "`ip_adapter_image_embeds` must hold negative rows, then positive ones, under guidance: got"
-                f" {embeds.shape[0]} rows."
-            )
-
-
-def check_schedule(scheduler: "Any", num_inference_steps: "Any", timesteps: "Any", sigmas: "Any") -> "None":
-    """Raise unless one schedule is asked for and the scheduler takes its kind."""
-    if timesteps is not None and sigmas is not None:
-        raise ObjectComposeError("Give either `timesteps` or `sigmas`, not both.")
-    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if values is None:
-            continue
-        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) == 0:
-            raise ObjectComposeError(f"`{name}` must be a list of at least one value, got {values!r}.")
-        if not accepts_argument(scheduler.set_timesteps, name):
-            raise ObjectComposeError(f"`{name}` cannot be used: {type(scheduler).__name__} takes no custom {name}.")
-        return
-    check_count("num_inference_steps", num_inference_steps)
-
-
-def check_noise(pipeline: "Any", generator: "Any", latents: "Any", num_images: "int", latent_shape: "tuple[int, ...]") -> "None":
-    """Check that there is one generator, or one per picture, and that given latents fit the pictures asked for."""
-    if isinstance(generator, list):
-        if len(generator) != num_images:
-            raise ObjectComposeError(
-                f"`generator` must hold one generator per picture: got {len(generator)} for {num_images} pictures."
-            )
-        wrong = [item for item in generator if not isinstance(item, torch.Generator)]
-    else:
-        wrong = [] if generator is None or isinstance(generator, torch.Generator) else [generator]
-    if wrong:
-        raise ObjectComposeError(f"`generator` must be a torch.Generator or a list of them, got {wrong[0]!r}.")
-    if latents is None:
-        return
-    expected = (num_images, pipeline.unet.config.in_channels, *latent_shape)
-    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != expected:
-        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-        raise ObjectComposeError(f"`latents` must be a tensor of shape {expected}, got {found}.")
-    if not torch.isfinite(latents).all():
-        raise NonFiniteError("`latents` holds NaN or infinite values.")
-
-
-def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "Sequence[str]") -> "None":
-    """Raise unless the callback can be called and asks only for tensors that the loop has."""
-    if callback is not None and not callable(callback):
-        raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
-    unknown = [name for name in tensor_inputs or () if name not in allowed]
-    if unknown:
-        raise ObjectComposeError(
-            f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
-            f" {', '.join(map(str, unknown))}."
-        )
-
-
-def _is_step_index(value: "Any", num_steps: "int") -> "bool":
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < num_steps
-
-
-def check_attention_steps(attention_steps: "Any", num_steps: "int") -> "None":
-    """Raise unless `attention_steps` is None or a non-empty collection of step indices in [0, num_steps)."""
-    if attention_steps is None:
-        return
-    if isinstance(attention_steps, str) or not hasattr(attention_steps, "__iter__"):
-        raise ObjectComposeError(f"`attention_steps` must be a list of step indices, got {attention_steps!r}.")
-    steps = list(attention_steps)
-    wrong = [step for step in steps if not _is_step_index(step, num_steps)]
-    if not steps or wrong:
-        raise ObjectComposeError(
-            f"`attention_steps` must be step indices from 0 to {num_steps - 1}, got {wrong[0] if wrong else steps!r}."
-        )
-
-
-def check_parts(parts: "Any") -> "None":
-    """Raise unless `parts` is a sequence of attention parts, each with `kind` and `layers`, or groups of parts."""
-    if not isinstance(parts, (list, tuple)):
-        raise ObjectComposeError(f"`parts` must be a list of attention parts, got {type(parts).__name__}.")
-    for index, part in enumerate(parts):
-        # by attribute, never by class: code flattened for the Hub holds second copies of our classes
-        if getattr(part, "kind", None) == "group" and hasattr(part, "bind"):
-            continue
-        if getattr(part, "kind", None) not in ("mask", "branch", "probe") or not hasattr(part, "layers"):
-            raise ObjectComposeError(
-                f"`parts[{index}]` must be an attention part (mask, branch or probe), got {part!r}."
-            )
-
-
 # --- objectcompose.pipelines.gradient_passes
+
+#: Hooks of diffusers that exchange weights around a forward pass, so that a backward pass meets others.
+_WEIGHT_HOOKS = {"group_offloading": "group offloading", "layerwise_casting": "layerwise casting"}
+
 
 def check_gradients_allowed(unet: "Any", argument: "str", remedy: "str") -> "None":
     """Refuse what needs gradients where inference mode, of the call or of the weights, forbids them.
@@ -3911,6 +4799,32 @@ def check_gradients_allowed(unet: "Any", argument: "str", remedy: "str") -> "Non
         raise ObjectComposeError(
             f"`{argument}` needs gradients, which a `unet` that was made in inference mode forbids; {remedy}."
         )
+
+
+def check_weights_stay(models: "Mapping[str, Any]", argument: "str", remedy: "str") -> "None":
+    """Refuse what needs gradients through models whose weights are gone, or others, after a forward pass.
+
+    Args:
+        models: by the names of their components; None is none.
+        argument: what asks for gradients, for the message.
+        remedy: what to do instead, likewise.
+
+    Raises:
+        ObjectComposeError: a model is offloaded by groups, or stored in another dtype than it computes in.
+    """
+    for component, model in models.items():
+        for module in [] if model is None else model.modules():
+            for hook, what in _WEIGHT_HOOKS.items():
+                if has_model_hook(module, hook):
+                    raise ObjectComposeError(
+                        f"`{argument}` needs gradients through `{component}`, which {what} forbids, since it changes"
+                        f" the weights before the backward pass; {remedy}."
+                    )
+
+
+def has_model_hook(module: "Any", name: "str") -> "bool":
+    """Whether a module itself has a hook of diffusers' registry."""
+    return hasattr(module, "_diffusers_hook") and name in module._diffusers_hook.hooks
 
 
 @contextmanager
@@ -3936,181 +4850,6 @@ def held_lora_scale(unet: "Any", cross_attention_kwargs: "dict[str, Any] | None"
         yield {name: value for name, value in cross_attention_kwargs.items() if name != "scale"}
     finally:
         unscale_lora_layers(unet, scale)
-
-
-# --- objectcompose.pipelines.reference_images
-
-#: Mean and standard deviation of CLIP's pixels in [0, 1], for encoders that come without a feature extractor.
-CLIP_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class ReferenceFeatures:
-    """What an image encoder says of M pictures.
-
-    Attributes:
-        pooled: the class token after the last norm, `(M, C)`.
-        embeds: `pooled` in the joint space of pictures and text, `(M, D)`.
-        grid: hidden states of the last but one layer, class token first, `(M, L, C)`.
-    """
-
-    pooled: "torch.Tensor"
-    embeds: "torch.Tensor"
-    grid: "torch.Tensor"
-
-
-def encoder_side(image_encoder: "Any") -> "int":
-    """Sides of the square pictures that an image encoder reads, in pixels.
-
-    Raises:
-        CheckpointError: there is no image encoder.
-    """
-    if image_encoder is None:
-        raise CheckpointError("`image_encoder` is needed to read reference pictures, got None.")
-    return int(image_encoder.config.image_size)
-
-
-def clip_statistics(feature_extractor: "Any" = None) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Mean and standard deviation `(3,)` of the encoder's pixels in [0, 1]; CLIP's own without a feature extractor."""
-    if feature_extractor is None:
-        return torch.tensor(CLIP_PIXEL_MEAN), torch.tensor(CLIP_PIXEL_STD)
-    return torch.tensor(feature_extractor.image_mean), torch.tensor(feature_extractor.image_std)
-
-
-def normalize_pixels(pixels: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
-    """Pixels `(..., 3, H, W)` in [0, 1] as the encoder reads them; `mean` and `std` from `clip_statistics`."""
-    return (pixels - mean.to(pixels)[:, None, None]) / std.to(pixels)[:, None, None]
-
-
-def cut_out_pixels(image: "Image.Image", colour: "torch.Tensor", trim: "bool" = True) -> "torch.Tensor":
-    """A picture `(3, H, W)` in [0, 1]; transparent places show `colour` `(3,)`.
-
-    Args:
-        image: mode RGB, or RGBA with the cut-out as its alpha channel.
-        colour: RGB in [0, 1].
-        trim: drop the rows and columns around the cut-out that are fully transparent.
-
-    Raises:
-        ImageInputError: not a PIL image, or one that is transparent everywhere.
-    """
-    if not isinstance(image, Image.Image):
-        raise ImageInputError(f"`image` must be a PIL image, got {type(image).__name__}.")
-    if not image.has_transparency_data:
-        return _pixel_tensor(image.convert("RGB"))
-    image = image.convert("RGBA")
-    bounds = image.getchannel("A").getbbox()
-    if bounds is None:
-        raise ImageInputError("`image` must show something, got an alpha channel that is 0 everywhere.")
-    pixels = _pixel_tensor(image.crop(bounds) if trim else image)
-    alpha = pixels[3:]
-    return pixels[:3] * alpha + colour.to(pixels)[:, None, None] * (1 - alpha)
-
-
-def _pixel_tensor(image: "Image.Image") -> "torch.Tensor":
-    """`(channels, H, W)` float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def resize_pixels(pixels: "torch.Tensor", size: "tuple[int, int]") -> "torch.Tensor":
-    """Pixels `(C, H, W)` in [0, 1] at another size (h, w): bicubic, antialiased, values kept in [0, 1]."""
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    resized = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=True)
-    return resized[0].clamp(0, 1)
-
-
-def fit_pixels(
-    pixels: "torch.Tensor", frame: "tuple[int, int]", colour: "torch.Tensor", margin: "float" = 0.0
-) -> "torch.Tensor":
-    """The whole picture, its proportions kept, centred in a frame (h, w) of one colour: `(3, h, w)`.
-
-    Args:
-        pixels: `(3, H, W)` in [0, 1].
-        frame: rows and columns of the result.
-        colour: RGB in [0, 1], `(3,)`.
-        margin: least distance to the frame on every side, as a share of the picture's longer side.
-    """
-    height, width = pixels.shape[-2:]
-    reserve = 2 * margin * max(height, width)
-    factor = min(frame[0] / (height + reserve), frame[1] / (width + reserve))
-    inner = (max(1, round(height * factor)), max(1, round(width * factor)))
-    top, left = (frame[0] - inner[0]) // 2, (frame[1] - inner[1]) // 2
-    framed = colour.to(pixels)[:, None, None].repeat(1, *frame)
-    framed[:, top : top + inner[0], left : left + inner[1]] = resize_pixels(pixels, inner)
-    return framed
-
-
-def reference_pixels(
-    image: "Image.Image",
-    size: "int",
-    colour: "torch.Tensor | Sequence[float]",
-    margin: "float" = 0.0,
-    shape: "Literal['pad', 'stretch']" = "pad",
-) -> "torch.Tensor":
-    """A reference picture as a square, not normalised yet.
-
-    Args:
-        image: RGB, or RGBA with the cut-out as its alpha channel.
-        size: sides of the result, in pixels.
-        colour: RGB in [0, 1] of what the picture leaves open: the encoder's mean (`clip_statistics`).
-        margin: with "pad", free space on every side, as a share of the object's longer side; at least 0.
-        shape: "pad" keeps the object's proportions, trimmed to its cut-out and centred; "stretch" squashes the whole
-            picture, as for pictures of a scene, whose places must stay.
-
-    Returns:
-        `(3, size, size)`, float32 in [0, 1].
-
-    Raises:
-        ImageInputError: not a PIL image, or one that is transparent everywhere.
-        ObjectComposeError: another `shape`, or a negative `margin`.
-    """
-    if shape not in ("pad", "stretch"):
-        raise ObjectComposeError(f'`shape` must be "pad" or "stretch", got {shape!r}.')
-    if margin < 0:
-        raise ObjectComposeError(f"`margin` must be at least 0, got {margin!r}.")
-    colour = torch.as_tensor(colour, dtype=torch.float32)
-    pixels = cut_out_pixels(image, colour, trim=shape == "pad")
-    if shape == "stretch":
-        return resize_pixels(pixels, (size, size))
-    return fit_pixels(pixels, (size, size), colour, margin)
-
-
-def encode_references(image_encoder: "Any", pixels: "torch.Tensor") -> "ReferenceFeatures":
-    """All features of M pictures from one pass of the encoder.
-
-    Args:
-        image_encoder: a `CLIPVisionModelWithProjection`.
-        pixels: normalised, `(M, 3, S, S)`, S as `encoder_side` says, on the device that the encoder runs on.
-
-    Raises:
-        CheckpointError: there is no image encoder.
-    """
-    encoder_side(image_encoder)
-    output = image_encoder(pixels.to(image_encoder.dtype), output_hidden_states=True)
-    # The model keeps the pooled token to itself; its norm is read from inside, because calling the inner model instead
-    # would pass by the hooks that offloading puts on the outer one.
-    pooled = image_encoder.vision_model.post_layernorm(output.last_hidden_state[:, 0])
-    return ReferenceFeatures(pooled, output.image_embeds, output.hidden_states[-2])
-
-
-def null_features(image_encoder: "Any", device: "torch.device | str | None" = None) -> "ReferenceFeatures":
-    """What stands for "no reference", one row: zero vectors, and the grid of an all-zero normalised picture.
-
-    As IP-Adapter has it: adapters that read vectors are trained with zeros, those that read grids with a blank
-    picture.
-
-    Args:
-        image_encoder: a `CLIPVisionModelWithProjection`.
-        device: where the encoder runs; its own when None.
-
-    Raises:
-        CheckpointError: there is no image encoder.
-    """
-    side = encoder_side(image_encoder)
-    blank = torch.zeros(1, 3, side, side, device=image_encoder.device if device is None else device)
-    features = encode_references(image_encoder, blank)
-    return ReferenceFeatures(torch.zeros_like(features.pooled), torch.zeros_like(features.embeds), features.grid)
 
 
 # --- objectcompose.pipelines.object_matching
@@ -4494,21 +5233,6 @@ class TokenRefinement:
                 self.tokens[index] = stepped[index]
 
 
-@contextmanager
-def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
-    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
-    trainable = [
-        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
-    ]
-    for weight in trainable:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trainable:
-            weight.requires_grad_(True)
-
-
 # --- objectcompose.pipelines.guidance_options
 
 GUIDANCE_MODES = ("exact", "fast")
@@ -4581,6 +5305,9 @@ def _check_refinable(pipeline: "Any", parts: "Sequence[Any]") -> "None":
         raise ObjectComposeError(f"`scheduler` must predict one of {', '.join(PREDICTION_TYPES)}, got {kind!r}.")
     signal_share(pipeline.scheduler, 0)
     check_gradients_allowed(pipeline.unet, "refinement_steps", remedy)
+    decoder = "vae" if pipeline.tiny_vae is None else "tiny_vae"
+    through = {name: getattr(pipeline, name) for name in ("unet", decoder, "dino", "adapter")}
+    check_weights_stay(through, "refinement_steps", remedy)
     if any(parameter.device.type == "meta" for parameter in pipeline.unet.parameters()):
         raise ObjectComposeError(f"`refinement_steps` cannot work under sequential offloading; {remedy}.")
     for index, part in enumerate(parts):
@@ -4892,8 +5619,8 @@ def cached_projection(
     """`project(*tokens)` for all layers, computed again only when the content of the tokens changed.
 
     Never stale: tokens are compared value by value with a copy of those that were projected, weights by identity,
-    memory and version (only a write into `weight.data` is no new version). What inference mode made serves in it
-    alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
+    memory and version (only a write into `weight.data` is no new version). What inference mode or autocast made serves
+    in it alone. Nothing is cached while gradients flow into the result, and nothing any longer than the memory of the
     weights lives: once they are moved to another device, as offloading does, replaced or gone, the cache is cleared.
 
     Args:
@@ -4906,8 +5633,10 @@ def cached_projection(
     weights = tuple(parameters)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *weights)):
         return project(*tokens)
-    is_inference = torch.is_inference_mode_enabled()
-    is_known = cache and cache["is_inference"] == is_inference and _same_weights(cache["weights"], weights)
+    device = tokens[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    modes = (torch.is_inference_mode_enabled(), autocast)
+    is_known = cache and cache["modes"] == modes and _same_weights(cache["weights"], weights)
     if is_known and _same_content(cache["tokens"], tokens):
         return cache["keys_values"]
     keys_values = project(*tokens)
@@ -4917,7 +5646,7 @@ def cached_projection(
         for one in weights
     ]
     copies = tuple(x.detach().clone() for x in tokens)
-    cache.update(tokens=copies, weights=known, keys_values=keys_values, is_inference=is_inference)
+    cache.update(tokens=copies, weights=known, keys_values=keys_values, modes=modes)
     return keys_values
 
 
@@ -4973,407 +5702,6 @@ class GuidedKeysValues(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
 
     def __len__(self) -> "int":
         return len(self.shown)
-
-
-# --- objectcompose.attention_processors.regions
-
-RASTER_RULES = ("area", "cover", "round", "point")
-# Edges closer than this to a cell border, in cells, count as on it: 0.7 * 10 is 7.000000000000001.
-_EDGE_TOLERANCE = 1e-6
-# The least share that "area" gives to the best cell of a region too small for a float.
-_LEAST_SHARE = 2.0**-23
-
-
-def rasterize(region: "Any", grid: "tuple[int, int]", rule: "str" = "area") -> "torch.Tensor":
-    """A box or a mask on a grid.
-
-    Args:
-        region: a box (x0, y0, x1, y1), fractions in [0, 1] of width and height; or a mask `(H, W)`, values in [0, 1],
-            at any resolution of the same canvas.
-        grid: (h, w), rows and columns of cells.
-        rule: what a cell `(i, j)`, which spans rows [i/h, (i+1)/h) and columns [j/w, (j+1)/w) of the canvas, gets:
-
-            - "area": the share of the cell that the region covers, exact, in [0, 1] (a mask counts as squares of
-              constant value);
-            - "cover": 1 where the region touches the cell's inside at all: rows floor(y0 h) to ceil(y1 h), columns
-              alike; for a mask, where any non-zero pixel overlaps the cell;
-            - "round": a box's edges move to the nearest cell border, halves upwards: rows floor(y0 h + 1/2) up to but
-              without floor(y1 h + 1/2), columns alike; for a mask, 1 where the share is at least one half;
-            - "point": 1 where the cell's centre lies in the region, edges y0 and x0 included, y1 and x1 not; for a
-              mask, the pixel under the centre, 1 if it is at least one half.
-
-    Returns:
-        float32 `(h, w)`, on the mask's device. Never empty: where a rule picks nothing, the cell that is covered most
-        is 1 (first such cell by rows). For a box under "round" and "point" that is decided for rows and columns apart.
-
-    Raises:
-        RegionError: unknown rule, a grid without cells, or a mask that is empty, not `(H, W)`, or not within [0, 1].
-        LayoutError: a box that breaks its rules.
-    """
-    if rule not in RASTER_RULES:
-        raise RegionError(f"`rule` must be one of {RASTER_RULES}, got {shown_value(rule)}.")
-    rows, columns = check_grid(grid)
-    if isinstance(region, torch.Tensor) and region.ndim == 2:
-        return _rasterize_mask(region, rows, columns, rule)
-    if isinstance(region, torch.Tensor) and region.shape != (4,):
-        raise RegionError(f"`region` must be a box of 4 numbers or a mask (H, W), got shape {tuple(region.shape)}.")
-    x0, y0, x1, y1 = check_box(region, "region")
-    sides = (_box_side(y0, y1, rows, rule), _box_side(x0, x1, columns, rule))
-    cells = torch.outer(*sides)
-    if cells.max() < _LEAST_SHARE:
-        cells[int(sides[0].argmax()), int(sides[1].argmax())] = _LEAST_SHARE
-    return cells.float()
-
-
-def check_grid(grid: "Any") -> "tuple[int, int]":
-    """`grid` as (rows, columns), both at least 1.
-
-    Raises:
-        RegionError: anything else.
-    """
-    pair = tuple(grid) if isinstance(grid, (tuple, list, torch.Size)) else ()
-    if len(pair) != 2 or not all(type(side) is int and side >= 1 for side in pair):
-        raise RegionError(f"`grid` must be (rows, columns), two whole numbers of at least 1, got {shown_value(grid)}.")
-    return pair[0], pair[1]
-
-
-def grids_of(height: "int", width: "int", levels: "int") -> "list[tuple[int, int]]":
-    """The grids of a UNet's levels, finest first: each side is halved rounding up, as its down-samplers do.
-
-    Args:
-        height, width: sides of the latents, in cells.
-        levels: number of levels, at least 1 (a UNet has one per down block).
-    """
-    grids = [check_grid((height, width))]
-    for _ in range(levels - 1):
-        height, width = (height + 1) // 2, (width + 1) // 2
-        grids.append((height, width))
-    return grids
-
-
-def region_area(region: "Any") -> "float":
-    """Share of the canvas that a box or a mask `(H, W)` covers, in (0, 1]."""
-    if isinstance(region, torch.Tensor) and region.ndim == 2:
-        return float(_checked_soft_mask(region).mean())
-    x0, y0, x1, y1 = check_box(region, "region")
-    return (x1 - x0) * (y1 - y0)
-
-
-def front_order(orders: "Sequence[int]", areas: "Sequence[float]") -> "list[int]":
-    """Indices of the objects from front to back: higher order first, ties: the smaller one, then the earlier one."""
-    return sorted(range(len(orders)), key=lambda index: (-orders[index], areas[index], index))
-
-
-def exclusive_regions(regions: "torch.Tensor", orders: "Sequence[int]", areas: "Sequence[float]") -> "torch.Tensor":
-    """Give each cell to one region at most: the one in front.
-
-    A region that would lose all its cells gets one of them back, so none vanishes: the one that disturbs the others
-    least and that it covers most.
-
-    Args:
-        regions: `(N, h, w)`, values in [0, 1], none empty.
-        orders: `SceneObject.order` of each.
-        areas: size of each, in any unit; the smaller one is in front where orders are equal.
-
-    Returns:
-        `(N, h, w)`: the regions with 0 in the cells they do not own. No cell is positive in two of them.
-
-    Raises:
-        RegionError: the grid has too few cells for each region to keep one, or a region is empty.
-    """
-    owners = _front_owners(regions, orders, areas)
-    if len(regions) and not _all_own_a_cell(owners, len(regions)):
-        kept = _one_cell_each(regions, owners)
-        if kept is None:
-            raise RegionError(
-                f"`regions` must leave each of the {len(regions)} regions a cell of its own on the grid "
-                f"{tuple(regions.shape[1:])}: there are too many of them in the same cells."
-            )
-        for index, cell in enumerate(kept):
-            owners.view(-1)[cell] = index
-    return regions * _ownership(owners, len(regions)).to(regions)
-
-
-def shared_ownership(regions: "torch.Tensor", orders: "Sequence[int]", areas: "Sequence[float]") -> "torch.Tensor":
-    """Whose a cell is, in shares, for grids that may have fewer cells than regions.
-
-    As `exclusive_regions` where that is possible. Where it is not, each region without a cell becomes a part owner of
-    the cell it covers most, and the owners of a cell share it equally.
-
-    Args:
-        regions, orders, areas: as in `exclusive_regions`.
-
-    Returns:
-        `(N, h, w)`, shares in [0, 1] whose sum over the regions is 1 in every cell that a region reaches and 0 in the
-        others. No region is without a share.
-
-    Raises:
-        RegionError: a region is empty.
-    """
-    owners = _front_owners(regions, orders, areas)
-    count = len(regions)
-    if not count:
-        return regions.clone()
-    if not _all_own_a_cell(owners, count):
-        kept = _one_cell_each(regions, owners)
-        if kept is not None:
-            for index, cell in enumerate(kept):
-                owners.view(-1)[cell] = index
-    shares = _ownership(owners, count)
-    for index in range(count):
-        if not shares[index].any():
-            shares[index].view(-1)[int(regions[index].reshape(-1).argmax())] = 1.0
-    return (shares / shares.sum(0).clamp(min=1.0)).to(regions)
-
-
-def background_region(regions: "torch.Tensor") -> "torch.Tensor":
-    """What no region covers: 1 less the sum of the regions, at least 0.
-
-    Args:
-        regions: `(N, h, w)`, values in [0, 1]. N may be 0: all is background.
-
-    Returns:
-        `(h, w)`, values in [0, 1].
-    """
-    return (1.0 - regions.sum(0)).clamp(min=0.0)
-
-
-class RegionPyramid:
-    """The regions of one picture on every grid of the UNet; each grid is built once.
-
-    Args:
-        regions: boxes and masks, as `rasterize` takes them; may be none.
-        canvas: (h, w), the finest grid: the sides of the latents.
-        rule: a rule of `rasterize`.
-        orders: `SceneObject.order` of each region; None: all 0.
-        exclusive: each cell belongs to one region: `exclusive_regions` on the finest grid, and on coarser ones
-            `shared_ownership` times the region where they have too few cells for that.
-
-    Raises:
-        RegionError: a region breaks a rule or, with `exclusive`, the finest grid cannot hold them all.
-    """
-
-    def __init__(
-        self,
-        regions: "Sequence[Any]",
-        canvas: "tuple[int, int]",
-        rule: "str" = "area",
-        orders: "Sequence[int] | None" = None,
-        exclusive: "bool" = False,
-    ) -> "None":
-        self.regions, self.canvas, self.rule, self.exclusive = list(regions), check_grid(canvas), rule, exclusive
-        self.orders = [0] * len(self.regions) if orders is None else list(orders)
-        if len(self.orders) != len(self.regions):
-            raise RegionError(f"`orders` must be one per region ({len(self.regions)}), got {len(self.orders)}.")
-        self.areas = [region_area(region) for region in self.regions]
-        self._built: "dict[tuple[int, int], torch.Tensor]" = {}
-        self._moved: "dict[Any, torch.Tensor]" = {}
-        self.at(self.canvas)
-
-    @classmethod
-    def from_objects(cls, objects: "Sequence[Any]", canvas: "tuple[int, int]", **options: "Any") -> "RegionPyramid":
-        """The pyramid of `SceneObject`s: the mask of each or else its box, and its order.
-
-        Raises:
-            MissingFieldError: an object has neither.
-        """
-        for index, obj in enumerate(objects):
-            if obj.mask is None and obj.box is None:
-                raise MissingFieldError(f"`objects[{index}]` must have a `mask` or a `box`, got neither.")
-        regions = [obj.box if obj.mask is None else obj.mask for obj in objects]
-        return cls(regions, canvas, orders=[obj.order for obj in objects], **options)
-
-    def __len__(self) -> "int":
-        return len(self.regions)
-
-    def at(self, grid: "tuple[int, int]", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
-        """The regions on a grid, `(N, h, w)`, values in [0, 1]; the same tensor for the same arguments."""
-        grid = check_grid(grid)
-        if grid not in self._built:
-            self._built[grid] = self._build(grid)
-        if device is None and dtype == torch.float32:
-            return self._built[grid]
-        key = (grid, str(device), dtype)
-        if key not in self._moved:
-            self._moved[key] = self._built[grid].to(device=device, dtype=dtype)
-        return self._moved[key]
-
-    def grid_of_tokens(self, num_tokens: "int") -> "tuple[int, int]":
-        """The grid of the canvas' levels that has `num_tokens` cells.
-
-        Raises:
-            RegionError: none has.
-        """
-        height, width = self.canvas
-        while height * width > num_tokens and height * width > 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if height * width != num_tokens:
-            raise RegionError(
-                f"`num_tokens` must be the number of cells of a level of the canvas {self.canvas}, got {num_tokens}."
-            )
-        return height, width
-
-    def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
-        """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.grid_of_tokens(num_tokens), device, dtype)
-
-    def _build(self, grid: "tuple[int, int]") -> "torch.Tensor":
-        if not self.regions:
-            return torch.zeros(0, *grid)
-        regions = torch.stack([rasterize(region, grid, self.rule).cpu() for region in self.regions])
-        if not self.exclusive:
-            return regions
-        if grid == self.canvas:
-            return exclusive_regions(regions, self.orders, self.areas)
-        return regions * shared_ownership(regions, self.orders, self.areas)
-
-
-class RegionPyramidBatch:
-    """The region pyramids of a batch, padded with empty regions to the largest number of objects.
-
-    Args:
-        pyramids: one per picture, all with the same canvas.
-    """
-
-    def __init__(self, pyramids: "Sequence[RegionPyramid]") -> "None":
-        canvases = {pyramid.canvas for pyramid in pyramids}
-        if len(canvases) != 1:
-            raise RegionError(f"`pyramids` must have one canvas in common, got {sorted(canvases)}.")
-        self.pyramids, self.canvas = list(pyramids), canvases.pop()
-        self.num_regions = max(len(pyramid) for pyramid in self.pyramids)
-        self._padded: "dict[Any, torch.Tensor]" = {}
-
-    @property
-    def valid(self) -> "torch.Tensor":
-        """bool `(B, N)`: False where a region is padding."""
-        counts = torch.tensor([len(pyramid) for pyramid in self.pyramids])
-        return torch.arange(self.num_regions)[None] < counts[:, None]
-
-    def at(self, grid: "tuple[int, int]", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
-        """The regions on a grid, `(B, N, h, w)`, padding 0."""
-        key = (check_grid(grid), str(device), dtype)
-        if key not in self._padded:
-            padded = torch.zeros(len(self.pyramids), self.num_regions, *grid)
-            for row, pyramid in zip(padded, self.pyramids, strict=True):
-                row[: len(pyramid)] = pyramid.at(grid)
-            self._padded[key] = padded.to(device=device, dtype=dtype)
-        return self._padded[key]
-
-    def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
-        """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.pyramids[0].grid_of_tokens(num_tokens), device, dtype)
-
-
-def _box_side(start: "float", stop: "float", count: "int", rule: "str") -> "torch.Tensor":
-    """One axis of a box on `count` cells: the share of each cell, or {0, 1}; float64 `(count,)`, never all 0."""
-    low, high = start * count, stop * count
-    borders = torch.arange(count + 1, dtype=torch.float64)
-    shares = (borders[1:].clamp(max=high) - borders[:-1].clamp(min=low)).clamp(min=0.0)
-    # Rounded, so that of two equal shares the first is the largest on every machine.
-    best = int(shares.mul(2**20).round().argmax()) if high - low > _EDGE_TOLERANCE else min(int(low), count - 1)
-    if rule == "area":
-        if shares.max() <= 0:
-            shares[best] = _LEAST_SHARE
-        return shares
-    if rule == "cover":
-        first, last = math.floor(low + _EDGE_TOLERANCE), math.ceil(high - _EDGE_TOLERANCE)
-    elif rule == "round":
-        first, last = math.floor(low + 0.5 + _EDGE_TOLERANCE), math.floor(high + 0.5 + _EDGE_TOLERANCE)
-    else:
-        first, last = math.ceil(low - 0.5 - _EDGE_TOLERANCE), math.ceil(high - 0.5 - _EDGE_TOLERANCE)
-    side = torch.zeros(count, dtype=torch.float64)
-    side[max(first, 0) : min(last, count)] = 1.0
-    if not side.any():
-        side[best] = 1.0
-    return side
-
-
-def _checked_soft_mask(mask: "torch.Tensor") -> "torch.Tensor":
-    """A mask as float64 on the CPU."""
-    values = mask.detach().cpu().double()
-    if 0 in values.shape or not bool(((values >= 0) & (values <= 1)).all()):
-        raise RegionError(f"`region` must be a mask (H, W) with values in [0, 1], got shape {tuple(mask.shape)}.")
-    if not values.any():
-        raise RegionError(f"`region` must not be empty, got a mask of zeros of shape {tuple(mask.shape)}.")
-    return values
-
-
-def _rasterize_mask(mask: "torch.Tensor", rows: "int", columns: "int", rule: "str") -> "torch.Tensor":
-    values = _checked_soft_mask(mask)
-    height, width = values.shape
-    down, across = _overlaps_of_cells(height, rows), _overlaps_of_cells(width, columns)
-    shares = (down @ values @ across.T).clamp(0.0, 1.0)
-    if rule == "area":
-        cells = shares
-    elif rule == "cover":
-        touched = (down > _EDGE_TOLERANCE).double() @ (values > 0).double() @ (across > _EDGE_TOLERANCE).double().T
-        cells = (touched > 0.5).double()
-    elif rule == "round":
-        cells = (shares >= 0.5 - _EDGE_TOLERANCE).double()
-    else:
-        # In whole numbers: pixel floor((i + 1/2) H / h).
-        pixel_rows = torch.tensor([(2 * row + 1) * height // (2 * rows) for row in range(rows)])
-        pixel_columns = torch.tensor([(2 * column + 1) * width // (2 * columns) for column in range(columns)])
-        cells = (values[pixel_rows][:, pixel_columns] >= 0.5).double()
-    if cells.max() < _LEAST_SHARE:
-        best = int(shares.mul(2**40).round().argmax())
-        cells.view(-1)[best] = _LEAST_SHARE if rule == "area" else 1.0
-    return cells.float().to(mask.device)
-
-
-def _overlaps_of_cells(pixels: "int", cells: "int") -> "torch.Tensor":
-    """Share of each cell that each pixel fills, float64 `(cells, pixels)`; each row sums to 1."""
-    borders = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-    edges = torch.arange(pixels + 1, dtype=torch.float64)
-    upper = torch.minimum(borders[1:, None], edges[None, 1:])
-    lower = torch.maximum(borders[:-1, None], edges[None, :-1])
-    return (upper - lower).clamp(min=0.0) * (cells / pixels)
-
-
-def _front_owners(regions: "torch.Tensor", orders: "Sequence[int]", areas: "Sequence[float]") -> "torch.Tensor":
-    """The index of the frontmost region in each cell, -1 where there is none; int64 `(h, w)` on the CPU."""
-    if regions.ndim != 3 or not len(regions) == len(orders) == len(areas):
-        raise RegionError(
-            f"`regions` must have shape (N, h, w) with one order and one area each, got shape {tuple(regions.shape)}, "
-            f"{len(orders)} orders and {len(areas)} areas."
-        )
-    present = (regions > 0).cpu()
-    empty = [index for index in range(len(regions)) if not present[index].any()]
-    if empty:
-        raise RegionError(f"`regions` must not be empty, got nothing in regions {empty}.")
-    owners = torch.full(tuple(regions.shape[1:]), -1, dtype=torch.int64)
-    for index in reversed(front_order(orders, areas)):
-        owners[present[index]] = index
-    return owners
-
-
-def _all_own_a_cell(owners: "torch.Tensor", count: "int") -> "bool":
-    return len(set(owners.unique().tolist()) - {-1}) == count
-
-
-def _ownership(owners: "torch.Tensor", count: "int") -> "torch.Tensor":
-    """{0, 1} float `(N, h, w)` of a map of owners."""
-    return (owners[None] == torch.arange(count)[:, None, None]).float()
-
-
-def _one_cell_each(regions: "torch.Tensor", owners: "torch.Tensor") -> "list[int] | None":
-    """A cell (flat index) for every region, all different and each inside its region; None if there are too few.
-
-    The assignment that takes fewest cells from their owners, and among those the one whose cells are covered most.
-    """
-    count = len(regions)
-    shares = regions.detach().cpu().double().reshape(count, -1)
-    flat_owners = owners.reshape(-1)
-    foreign = (flat_owners[None] != torch.arange(count)[:, None]).double()
-    cost = foreign * (2.0 * count) + (1.0 - shares.clamp(max=1.0))
-    impossible = 100.0 * (count + 1) ** 2
-    cost[shares <= 0] = impossible
-    if cost.shape[1] < count:
-        return None
-    chosen = linear_sum_assignment(cost.numpy())[1]
-    if any(cost[index, cell] >= impossible for index, cell in enumerate(chosen)):
-        return None
-    return [int(cell) for cell in chosen]
 
 
 # --- objectcompose.pipelines.object_regions
@@ -5580,7 +5908,7 @@ class ObjectPromptBranch:
 
     Args:
         adapter: projects tokens to keys and values of each layer.
-        tokens: of the M pictures.
+        tokens: of the M pictures, one slot of which is taken at least.
         caches: kept by the pipeline, so that the same tokens are not projected again; never stale.
 
     Attributes:
@@ -5592,8 +5920,9 @@ class ObjectPromptBranch:
         self.adapter, self.tokens = adapter, tokens
         nulls = self._project(caches, "null_", tokens.null_keys, tokens.null_values)
         shown = self._project(caches, "", tokens.keys, tokens.values)
-        first = float(tokens.scales.flatten()[0])
-        is_uniform = bool((tokens.scales[tokens.present] == first).all())
+        strengths = tokens.scales[tokens.present]
+        first = float(strengths[0])
+        is_uniform = bool((strengths == first).all())
         self.part = Branch(
             GuidedKeysValues(nulls, shown),
             scale=first if is_uniform else tokens.scales.repeat(2, 1),
@@ -5802,7 +6131,7 @@ class FirstStage:
         noise: `(M, C, h, w)`, where it started.
         random_states: of the generators then, for samplers that draw more noise.
         latents: its result.
-        matches: per picture a match for each object.
+        matches: per picture a match for each slot's object.
         recorder: of attention maps; None in fast mode.
     """
 
@@ -5830,7 +6159,7 @@ class GuidedRun:
         call: the arguments.
         options: how to guide.
         branch: of the object pictures; confined and refined here.
-        objects: per generated picture its `SceneObject`s.
+        objects: per generated picture its `SceneObject`s; those of scale 0 have no slot and match nothing.
         placed: per generated picture its objects; replaced by what matching and refinement found.
         map_layers: what `check_attention` returned.
         num_backgrounds: per generated picture the slots after the objects that hold a background prompt, 0 or 1.
@@ -5853,8 +6182,10 @@ class GuidedRun:
         self.colour, _ = clip_statistics(pipeline.feature_extractor)
         self.side = dino_side(pipeline.dino, pipeline.dino_processor)
         self.sources = random_sources(call.generator, pipeline._execution_device)
-        self.phrases = [[item.phrase for item in row] for row in objects]
-        self.references = self._embed_prompts([[item.image for item in row] for row in objects])
+        shown = [[item for item in row if item.scale] for row in objects]
+        self.places = [[place for place, item in enumerate(row) if item.scale] for row in objects]  # of the slots
+        self.phrases = [[item.phrase for item in row] for row in shown]
+        self.references = self._embed_prompts([[item.image for item in row] for row in shown])
 
     def run(self, state: "SamplingState") -> "tuple[SamplingState, PhraseMapRecorder | None]":
         """Sample from what `start_sampling` returned.
@@ -5891,7 +6222,7 @@ class GuidedRun:
         else:
             self._halve_schedule(state)
         self.pipeline.denoise(self.call, state, self.parts, recorder)
-        matches = [[ObjectMatch(None, None)] * len(row) for row in self.placed]
+        matches = [[ObjectMatch(None, None)] * len(row) for row in self.places]
         if not self.pipeline.interrupt:
             matches = self.match_pictures(state.latents)
         return FirstStage(start.latents, random_states, state.latents, matches, recorder)
@@ -5902,11 +6233,11 @@ class GuidedRun:
         """The run with regions and refinement; leaves its result in `state.latents`."""
         pipeline = self.pipeline
         masks = [
-            slot_masks([one.mask for one in row], count)
+            slot_masks([one.mask for one in row], count) or [None]  # without prompts: one slot that nobody sees
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
         is_free = [
-            [one.mask is None for one in row] + [True] * count
+            [one.mask is None for one in row] + [True] * count or [True]
             for row, count in zip(matches, self.num_backgrounds, strict=True)
         ]
         canvas = pipeline.latent_size(self.call.height, self.call.width)
@@ -5927,8 +6258,8 @@ class GuidedRun:
 
         pipeline.denoise(self.call, state, self.parts, recorder, before_step)
         for target, losses in zip(refiner.targets, refiner.refinement.losses, strict=True):
-            row = self.placed[target.picture]
-            row[target.slot] = replace(row[target.slot], refinement_losses=tuple(losses))
+            row, place = self.placed[target.picture], self.places[target.picture][target.slot]
+            row[place] = replace(row[place], refinement_losses=tuple(losses))
 
     def _targets(self, matches: "Sequence[Sequence[ObjectMatch]]") -> "list[RefinedObject]":
         return [
@@ -5956,7 +6287,7 @@ class GuidedRun:
         return embed_crops(self.pipeline.dino, torch.stack(list(crops)), statistics, self.pipeline._execution_device)
 
     def match_pictures(self, latents: "torch.Tensor") -> "list[list[ObjectMatch]]":
-        """Decode, segment, embed and assign; per picture a match for each object."""
+        """Decode, segment, embed and assign; per picture a match for each slot's object."""
         pipeline = self.pipeline
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         pictures = pipeline.image_processor.postprocess(decoded, output_type="pt").float()  # (M, 3, H, W)
@@ -5964,6 +6295,9 @@ class GuidedRun:
         matches = []
         for picture, image, reference, names in zip(pictures, images, self.references, self.phrases, strict=True):
             phrases = [name for name in names if name is not None]
+            if not names:
+                matches.append([])
+                continue
             masks = find_segments(self.options.segmenter, image, phrases if len(phrases) == len(names) else None)
             if not len(masks):
                 matches.append([ObjectMatch(None, None)] * len(names))
@@ -5973,15 +6307,15 @@ class GuidedRun:
         return matches
 
     def _note_matches(self, matches: "Sequence[Sequence[ObjectMatch]]") -> "None":
-        for row, found in zip(self.placed, matches, strict=True):
-            for slot, one in enumerate(found):
+        for row, places, found in zip(self.placed, self.places, matches, strict=True):
+            for place, one in zip(places, found, strict=True):
                 box = None
                 if one.mask is not None:
                     height, width = one.mask.shape
                     top, bottom, left, right = mask_bounds(one.mask)
                     box = (left / width, top / height, right / width, bottom / height)
-                row[slot] = replace(
-                    row[slot], matched=one.mask is not None, similarity=one.similarity, region=one.mask, box=box
+                row[place] = replace(
+                    row[place], matched=one.mask is not None, similarity=one.similarity, region=one.mask, box=box
                 )
 
     # ---- noise and schedule
@@ -6044,274 +6378,6 @@ class GuidedRun:
         )
 
 
-# --- objectcompose.pipelines.token_utils
-
-_WORD_END = "</w>"
-# What CLIP text encoders read, for a tokenizer that was saved without its limit.
-_CLIP_LENGTH = 77
-_UNLIMITED_LENGTH = 10**6
-_IRREGULAR_PLURALS = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
-    "foot": "feet", "tooth": "teeth", "ox": "oxen", "knife": "knives", "wife": "wives", "life": "lives",
-    "wolf": "wolves", "leaf": "leaves", "shelf": "shelves", "half": "halves", "calf": "calves", "loaf": "loaves",
-    "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes",
-}  # fmt: skip
-_IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLURALS.items()}
-
-
-def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
-    """`text` with every learned placeholder of several vectors written out, as diffusers does before it encodes.
-
-    A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
-    "<cat-toy> <cat-toy>_1 <cat-toy>_2". Text that is written out already stays as it is.
-    """
-    added = tokenizer.get_added_vocab()
-    for token in added:
-        if token not in text or f"{token}_1" not in added:
-            continue
-        count = 1
-        while f"{token}_{count}" in added:
-            count += 1
-        written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
-        first = re.escape(token)
-        # Backslashes of the replacement are doubled because `sub` would read them as references.
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
-    return text
-
-
-def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
-    """The ids of the whole prompt with start and end tokens, neither padded nor truncated.
-
-    The end token is the last one, so its position is the length less one.
-
-    Raises:
-        LayoutError: `prompt` is not text.
-    """
-    check_text(prompt, "prompt", may_be_empty=True)
-    return list(tokenizer(expand_placeholders(tokenizer, prompt), truncation=False, verbose=False).input_ids)
-
-
-def max_prompt_length(tokenizer: "Any") -> "int":
-    """How many tokens the tokenizer's text encoder reads, start and end included (CLIP: 77)."""
-    length = int(tokenizer.model_max_length)
-    return _CLIP_LENGTH if length > _UNLIMITED_LENGTH else length
-
-
-def check_prompt_length(tokenizer: "Any", prompt: "str") -> "int":
-    """Number of tokens of the prompt, start and end included.
-
-    Raises:
-        PromptTooLongError: more tokens than the text encoder reads.
-    """
-    length, limit = len(prompt_token_ids(tokenizer, prompt)), max_prompt_length(tokenizer)
-    if length > limit:
-        raise PromptTooLongError(
-            f"`prompt` must have at most {limit} tokens (start and end included), got {length}: "
-            f"{shown_value(prompt)}. What lies beyond would not be read; shorten it."
-        )
-    return length
-
-
-def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int" = 0) -> "list[int]":
-    """Positions of a phrase's tokens in the encoded prompt.
-
-    Args:
-        tokenizer: a CLIP tokenizer, with any learned placeholders added to it.
-        prompt: the text as the user wrote it.
-        phrase: words that occur in the prompt in this order, or a placeholder. Case does not matter. If the words as
-            they are do not occur often enough, the last one may also stand in its English plural or singular.
-        occurrence: which of the places, 0 is the first; those in plural or singular come after the exact ones.
-
-    Returns:
-        Consecutive positions, start-of-text = 0, all below the text encoder's length.
-
-    Raises:
-        PhraseNotFoundError: names the closest matches.
-        PromptTooLongError: the prompt has more tokens than the text encoder reads.
-        LayoutError: an argument is not text.
-    """
-    reader = _PromptReader(tokenizer, prompt)
-    places = list(dict.fromkeys([*reader.exact_places(phrase), *reader.inflected_places(phrase)]))
-    if not 0 <= occurrence < len(places):
-        raise reader.not_found(phrase, found=len(places), wanted=occurrence + 1)
-    return list(range(*places[occurrence]))
-
-
-def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]", may_share: "bool" = False) -> "list[list[int]]":
-    """Positions of several phrases, each at a place of its own.
-
-    A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
-    choose before shorter ones, so "bear" does not take the second word of "teddy bear", and exact words before words
-    in plural or singular.
-
-    Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
-        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
-            "dogs" in "two dogs" are one place.
-
-    Returns:
-        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
-        places.
-    """
-    reader = _PromptReader(tokenizer, prompt)
-    if isinstance(phrases, str):
-        raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
-    ids = [reader.phrase_ids(phrase) for phrase in phrases]
-    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
-    chosen: "dict[int, tuple[int, int]]" = {}
-    for places_of in (reader.exact_places, reader.inflected_places):
-        for index in longest_first:
-            if index in chosen:
-                continue
-            free = (place for place in places_of(phrases[index]) if not _overlaps(place, chosen.values()))
-            place = next(free, None)
-            if place is not None:
-                chosen[index] = place
-    for index, phrase in enumerate(phrases):
-        if index in chosen:
-            continue
-        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
-        if not (may_share and same):
-            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
-        chosen[index] = same[-1]
-    return [list(range(*chosen[index])) for index in range(len(phrases))]
-
-
-def find_everywhere(tokenizer: "Any", prompt: "str", phrases: "Iterable[str]") -> "list[int]":
-    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
-
-    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
-
-    Returns:
-        Positions in rising order, each once.
-    """
-    reader = _PromptReader(tokenizer, prompt)
-    places = (place for phrase in phrases for place in reader.exact_places(phrase))
-    return sorted({position for place in places for position in range(*place)})
-
-
-def find_phrases_all(
-    tokenizers: "Sequence[Any]", prompts: "str | Sequence[str]", phrases: "Sequence[str]"
-) -> "list[list[list[int]]]":
-    """`find_phrases` for each of a model's tokenizers (SDXL has two).
-
-    Args:
-        tokenizers: the tokenizers in the order of the text encoders; None entries are left out.
-        prompts: the prompt of all encoders, or one per tokenizer.
-        phrases: as in `find_phrases`.
-
-    Returns:
-        For each tokenizer, one list of positions per phrase.
-
-    Raises:
-        LayoutError: another number of prompts than tokenizers; else as in `find_phrases`.
-    """
-    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    texts = [prompts] * len(tokenizers) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(tokenizers):
-        raise LayoutError(f"`prompts` must be one per tokenizer ({len(tokenizers)}), got {len(texts)}.")
-    return [find_phrases(tokenizer, text, phrases) for tokenizer, text in zip(tokenizers, texts, strict=True)]
-
-
-class _PromptReader:
-    """One encoded prompt and where words begin and end in it."""
-
-    def __init__(self, tokenizer: "Any", prompt: "str") -> "None":
-        check_prompt_length(tokenizer, prompt)
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.ids = prompt_token_ids(tokenizer, prompt)
-        self.added = set(tokenizer.get_added_vocab())
-        pieces = tokenizer.convert_ids_to_tokens(self.ids)
-        # boundaries[i]: a phrase may begin at token i, or end before it.
-        self.boundaries = [True, *(self._ends_word(piece) for piece in pieces)]
-        for position in self._joints():
-            self.boundaries[position] = False
-
-    def phrase_ids(self, phrase: "str") -> "list[int]":
-        """The ids of a phrase on its own, without start and end."""
-        check_text(phrase, "phrase")
-        text = expand_placeholders(self.tokenizer, phrase)
-        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-    def exact_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
-        """(start, stop) of each place where the words of the phrase stand as they are."""
-        wanted = self.phrase_ids(phrase)
-        # The first and the last token are the start and the end of the text, which no phrase names.
-        for start in range(1, len(self.ids) - len(wanted)):
-            stop = start + len(wanted)
-            if wanted and self.ids[start:stop] == wanted and self.boundaries[start] and self.boundaries[stop]:
-                yield start, stop
-
-    def inflected_places(self, phrase: "str") -> "Iterator[tuple[int, int]]":
-        """(start, stop) of each place where the last word of the phrase stands in its plural or singular."""
-        places = {place for variant in other_numbers(phrase) for place in self.exact_places(variant)}
-        return iter(sorted(places))
-
-    def not_found(self, phrase: "str", found: "int", wanted: "int") -> "PhraseNotFoundError":
-        """The error for a phrase with too few places, with what the prompt has instead."""
-        words = self.prompt.lower().split()
-        length = len(phrase.split())
-        spans = {
-            " ".join(words[start : start + count]).strip(".,;:!?()\"'")
-            for count in range(1, length + 2)
-            for start in range(len(words) - count + 1)
-        }
-        close = difflib.get_close_matches(phrase.lower(), sorted(spans), n=3, cutoff=0.5)
-        hint = f"closest: {', '.join(ascii(match) for match in close)}" if close else "nothing in it comes close"
-        rule = f"must occur in the prompt {wanted} time(s) at places of its own, found {found}"
-        return PhraseNotFoundError(f"`phrase` {shown_value(phrase)} {rule}: {shown_value(self.prompt)} ({hint}).")
-
-    def _ends_word(self, piece: "str") -> "bool":
-        return piece.endswith(_WORD_END) or piece in self.added or piece in self.tokenizer.all_special_tokens
-
-    def _joints(self) -> "Iterator[int]":
-        """Positions between two tokens that no white space parts and that are both letters or digits ("13", "dog2").
-
-        Words are encoded one by one to learn where white space was; if that does not give the ids of the whole prompt,
-        the tokenizer does more than CLIP's and only word-end marks are used.
-        """
-        words = expand_placeholders(self.tokenizer, self.prompt).split()
-        encoded = [self.tokenizer(word, add_special_tokens=False, verbose=False).input_ids for word in words]
-        if [token for ids in encoded for token in ids] != self.ids[1:-1]:
-            return
-        position = 1
-        for word, ids in zip(words, encoded, strict=True):
-            if len(ids) > 1 and not set(self.tokenizer.convert_ids_to_tokens(ids)) & self.added:
-                yield from (position + offset for offset in self._joints_of_word(word, len(ids)))
-            position += len(ids)
-
-    def _joints_of_word(self, word: "str", count: "int") -> "Iterator[int]":
-        """Offsets of tokens of one word that begin between two letters or digits."""
-        for cut in range(1, len(word)):
-            if word[cut - 1].isalnum() and word[cut].isalnum() and word[cut - 1].isnumeric() | word[cut].isnumeric():
-                before = self.tokenizer(word[:cut], add_special_tokens=False, verbose=False).input_ids
-                if 0 < len(before) < count:
-                    yield len(before)
-
-
-def other_numbers(phrase: "str") -> "list[str]":
-    """The phrase with its last word in the plural, and in the singular, by the rules of English spelling.
-
-    Spellings that do not exist may be among them ("glas"): they are only looked for, so they do no harm.
-    """
-    *head, last = phrase.lower().split() or [""]
-    forms = {_IRREGULAR_PLURALS.get(last, ""), _IRREGULAR_SINGULARS.get(last, "")}
-    if last and last[-1].isalpha():
-        forms |= {last + "s", last + "es"}
-        if last.endswith("y"):
-            forms.add(last[:-1] + "ies")
-        if last.endswith("s"):
-            forms.add(last[:-1])
-        if last.endswith("es"):
-            forms.add(last[:-2])
-        if last.endswith("ies"):
-            forms.add(last[:-3] + "y")
-    return [" ".join([*head, form]) for form in sorted(forms - {"", last})]
-
-
-def _overlaps(place: "tuple[int, int]", taken: "Any") -> "bool":
-    return any(place[0] < stop and start < place[1] for start, stop in taken)
-
-
 # --- objectcompose.pipelines.placement
 
 placement_logger = logging.get_logger(__name__)
@@ -6354,12 +6420,8 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
-    for prompt, row in zip(texts, rows, strict=True):
-        for index, item in enumerate(row):
-            if _object_name(item) is None:
-                raise MissingFieldError(
-                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
-                )
+    for row in rows:
+        require_object_fields(row, [("phrase", "token")], method)
     used = tuple(used)
     return place_objects(tokenizer, texts, rows, canvas, lambda item: used, may_share)
 
@@ -6511,7 +6573,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             height=height,
             width=width,
             num_images_per_prompt=num_images,
-            callback_on_step_end_tensor_inputs=tensor_inputs,
+            callback_on_step_end_tensor_inputs=tensor_inputs or (),
             attention_steps=steps,
         )
 
@@ -6526,7 +6588,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         check_number("eta", call.eta, minimum=0.0)
         check_count("num_images_per_prompt", call.num_images_per_prompt)
         check_picture_size(call.height, call.width, self.vae_scale_factor)
-        check_output_type(call.output_type)
+        check_output_type(call.output_type, self.vae)
         check_schedule(self.scheduler, call.num_inference_steps, call.timesteps, call.sigmas)
         use_guidance = call.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
@@ -6687,6 +6749,9 @@ class SamplingMixin(StableDiffusionStepsMixin):
             use_parts(self.unet, all_parts) as installed,
             self.progress_bar(total=state.num_inference_steps) as progress_bar,
         ):
+            if sum(part.kind == "branch" and part.mode == "replace" for part in all_parts) > 1:
+                halves = 2 if self.do_classifier_free_guidance else 1
+                prepare_parts(self.unet, state.latents.repeat(halves, 1, 1, 1))  # conflicts show before any step
             for i, t in enumerate(state.schedule):
                 if self.interrupt:
                     continue
@@ -6737,6 +6802,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         assert call.callback_on_step_end is not None
         tensors = {name: getattr(state, name) for name in call.callback_on_step_end_tensor_inputs}
         returned = call.callback_on_step_end(self, step, timestep, tensors)
+        if returned is None:
+            return
         for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
             setattr(state, name, returned.pop(name, getattr(state, name)))
 
@@ -7073,43 +7140,32 @@ class ObjectPromptPipeline(
         rows = as_scene_objects(objects, batch_size)
         backgrounds = _background_pictures(background, batch_size)
         own_layers: "list[str]" = []
-        if objects is not None:
-            for row in rows:
-                if not 1 <= len(row) <= MAX_PROMPTED_OBJECTS:
-                    raise LayoutError(
-                        f"`objects` must be 1 to {MAX_PROMPTED_OBJECTS} objects for each prompt, got {len(row)}."
-                    )
-                require_object_fields(row, ["image"], type(self).__name__)
-            own_layers = self._check_prompt_models()
-        elif background is not None or compositional_guidance:
+        check_object_count(rows, MAX_PROMPTED_OBJECTS)
+        for row in rows:
+            require_object_fields(row, ["image"], type(self).__name__)
+        if not any(rows) and (any(backgrounds) or compositional_guidance):
             name = "compositional_guidance" if compositional_guidance else "background"
             raise MissingFieldError(f"`{name}` needs `objects` with an `image` each, got none.")
+        shown = [[item for item in row if item.scale] for row in rows]
+        if any(shown) or any(backgrounds):
+            own_layers = self.check_encoders()
+            if has_model_hook(self.adapter, "group_offloading"):
+                raise ObjectComposeError(
+                    "`adapter` runs in parts and cannot be offloaded in blocks: leave it out, with"
+                    ' `enable_group_offload(..., exclude_modules=["adapter"])`.'
+                )
         placed = place_objects(
             self.tokenizer, call.prompt, rows, (call.height, call.width), lambda item: ("phrase", "image", "scale")
         )
         map_layers = self.check_attention(call, placed, own_layers)
         if compositional_guidance:
-            if not any(item.scale for row in rows for item in row):
+            if not any(shown):
                 raise ObjectComposeError("`compositional_guidance` needs an object with a `scale` above 0.")
-            has_phrases = all(item.phrase is not None for row in rows for item in row)
+            has_phrases = all(item.phrase is not None for row in shown for item in row)
             check_guidance(self, call, options, has_phrases, batch_size * call.num_images_per_prompt)
         elif options.changed():
             raise ObjectComposeError(f"`{options.changed()[0]}` needs `compositional_guidance=True`.")
         return rows, backgrounds, placed, map_layers
-
-    def _check_prompt_models(self) -> "list[str]":
-        """Names of the layers that the adapter acts on, where it can read the image encoder."""
-        if self.adapter is None:
-            raise CheckpointError("`objects` needs an `adapter`: give one, or call `load_adapter`.")
-        encoder_side(self.image_encoder)
-        found = (self.image_encoder.config.projection_dim, self.image_encoder.config.hidden_size)
-        wanted = (self.adapter.config.embed_width, self.adapter.config.grid_width)
-        if found != wanted:
-            raise CheckpointError(
-                f"`adapter` reads an image encoder of widths {wanted} (embeds, hidden states), `image_encoder` has"
-                f" {found}."
-            )
-        return list(self.adapter.made_for.layer_widths)
 
     # ---- the method
 
@@ -7121,14 +7177,15 @@ class ObjectPromptPipeline(
     def prompt_branch(
         self, rows: "Sequence[Sequence[SceneObject]]", backgrounds: "Sequence[Any]", num_images_per_prompt: "int"
     ) -> "ObjectPromptBranch | None":
-        """The branch of a call's object pictures; None where all of them have scale 0.
+        """The branch of a call's object pictures; None where there is none, or all of them have scale 0.
 
         Args:
-            rows: per prompt its objects, one at least.
+            rows: per prompt its objects; those of scale 0 take no part.
             backgrounds: per prompt a PIL image or None; it takes the slot after the objects.
             num_images_per_prompt: pictures per prompt.
         """
-        if not any(item.scale for row in rows for item in row) and not any(backgrounds):
+        rows = [[item for item in row if item.scale] for row in rows]
+        if not any(rows) and not any(backgrounds):
             return None
         device, adapter = self._execution_device, self.adapter
         # prompts often share their objects: each picture is encoded once
@@ -7196,8 +7253,9 @@ class ObjectPromptPipeline(
         """Sample pictures.
 
         Args:
-            objects: `SceneObject`s or dicts, one list for all prompts or one per prompt, 1 to 6 each. Each needs an
-                `image`, best an RGBA cut-out; `scale` is its strength; a `phrase`, if given, must occur in the prompt.
+            objects: `SceneObject`s or dicts, one list for all prompts or one per prompt, at most 6 each. Each needs
+                an `image`, best an RGBA cut-out; `scale` is its strength, 0 is as if it were not there; a `phrase`, if
+                given, must occur in the prompt.
             background: a picture (PIL or path) of the scene behind them, or a list with one or None per prompt.
             compositional_guidance: sample twice. What the first picture shows is matched to the objects; the second
                 one confines each object to its segment and refines how it looks there. Callbacks see both runs.
@@ -7232,14 +7290,14 @@ class ObjectPromptPipeline(
         state = self.start_sampling(call, len(placed))
 
         # 3. Object pictures to tokens, keys and values: the branch beside the text's attention
-        branch = None if objects is None else self.prompt_branch(rows, backgrounds, num_per_prompt)
+        branch = self.prompt_branch(rows, backgrounds, num_per_prompt)
 
         # 4. One run; or two, the second one guided by what the first one shows
         if compositional_guidance:
             assert branch is not None  # some object has a scale above 0
-            shown = [row for row in rows for _ in range(num_per_prompt)]
+            of_pictures = [row for row in rows for _ in range(num_per_prompt)]
             num_backgrounds = [int(scene is not None) for scene in backgrounds for _ in range(num_per_prompt)]
-            guided = GuidedRun(self, call, options, branch, shown, placed, map_layers, num_backgrounds)
+            guided = GuidedRun(self, call, options, branch, of_pictures, placed, map_layers, num_backgrounds)
             state, recorder = guided.run(state)
         else:
             recorder = self.make_recorder(call, placed, map_layers)

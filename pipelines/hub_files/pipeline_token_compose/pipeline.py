@@ -16,6 +16,7 @@ import diffusers
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import numpy as np
@@ -117,9 +118,9 @@ class CallArguments:
         guidance_rescale: how far the contrast that guidance adds is taken back: 0 not, 1 wholly (arXiv:2305.08891).
         clip_skip: how many of the text encoder's last layers to skip.
         callback_on_step_end: called as `callback(pipeline, step, timestep, callback_kwargs)` after each step; may
-            return tensors that replace the loop's.
+            return a dict of tensors that replace the loop's.
         callback_on_step_end_tensor_inputs: which tensors `callback_kwargs` holds, of "latents", "prompt_embeds" and
-            "negative_prompt_embeds".
+            "negative_prompt_embeds"; None: none.
         parts: attention parts of other methods, installed while the loop runs and removed after it.
         return_attention: return a map for each object's phrase.
         attention_layers: cross-attention layers to average over: a regex or a list of names. Default: the middle and
@@ -630,7 +631,7 @@ def as_scene_objects(objects: "Any", batch_size: "int") -> "list[list[SceneObjec
 def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str, ...]":
     """The fields that `obj` sets to something other than their default and that are not among `used`.
 
-    A method puts them into `output.objects[i].unused`. Field order of `SceneObject`.
+    A method puts them into `output.objects[picture][i].unused`. Field order of `SceneObject`.
     """
     used = set(used)
     assert used <= set(OBJECT_FIELDS), f"no such fields: {sorted(used - set(OBJECT_FIELDS))}"
@@ -639,7 +640,7 @@ def object_fields_used(obj: "SceneObject", used: "Iterable[str]") -> "tuple[str,
 
 
 def require_object_fields(
-    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str"
+    objects: "Sequence[SceneObject]", needed: "Iterable[str | tuple[str, ...]]", method: "str", where: "str | None" = None
 ) -> "None":
     """Check that each object has the fields that a method needs.
 
@@ -647,17 +648,21 @@ def require_object_fields(
         objects: the objects of one prompt.
         needed: field names; a tuple of names means that one of them is enough, as in `("mask", "box")`.
         method: the name of the method, for the message.
+        where: only objects that have this field; None: all.
 
     Raises:
         MissingFieldError: names the object, the field and the method.
     """
+    which = "every object" if where is None else f"every object with `{where}`"
     for index, obj in enumerate(objects):
+        if where is not None and getattr(obj, where) is None:
+            continue
         for names in needed:
             names = (names,) if isinstance(names, str) else tuple(names)
             if all(getattr(obj, name) is None for name in names):
                 wanted = " or ".join(f"`{name}`" for name in names)
                 raise MissingFieldError(
-                    f"{method} needs {wanted} of every object; objects[{index}] has none: {shown_value(obj)}."
+                    f"{method} needs {wanted} of {which}; objects[{index}] has none: {shown_value(obj)}."
                 )
 
 
@@ -804,9 +809,14 @@ def _coco_box(bbox: "Any", width: "Any", height: "Any") -> "tuple[float, float, 
 def _listing_prompt(objects: "Sequence[SceneObject]") -> "str":
     names = [obj.phrase or "thing" for obj in objects]
     things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    if not things:
+    return prompt_of_phrases(things)
+
+
+def prompt_of_phrases(phrases: "Sequence[str]") -> "str":
+    """The phrases as a caption lists them: "a photo of a dog, a cup and two birds"; empty without phrases."""
+    if not phrases:
         return ""
-    return "a photo of " + (", ".join(things[:-1]) + " and " if things[1:] else "") + things[-1]
+    return "a photo of " + (", ".join(phrases[:-1]) + " and " if phrases[1:] else "") + phrases[-1]
 
 
 def _one_prompts_objects(entries: "Sequence[Any]", name: "str") -> "list[SceneObject]":
@@ -938,23 +948,26 @@ _IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLUR
 
 
 def expand_placeholders(tokenizer: "Any", text: "str") -> "str":
-    """`text` with every learned placeholder of several vectors written out, as diffusers does before it encodes.
+    """`text` with every learned placeholder of several vectors written out, for encoding and for locating alike.
 
     A placeholder `<cat-toy>` whose further vectors were added as `<cat-toy>_1`, `<cat-toy>_2`, ... becomes
-    "<cat-toy> <cat-toy>_1 <cat-toy>_2". Text that is written out already stays as it is.
+    "<cat-toy> <cat-toy>_1 <cat-toy>_2", as in diffusers. Unlike there, text that is written out already stays as it
+    is, and so does a longer token that begins with a placeholder's name.
     """
     added = tokenizer.get_added_vocab()
-    for token in added:
-        if token not in text or f"{token}_1" not in added:
-            continue
-        count = 1
-        while f"{token}_{count}" in added:
-            count += 1
-        written_out = " ".join([token, *(f"{token}_{index}" for index in range(1, count))])
-        first = re.escape(token)
-        # Backslashes of the replacement are doubled because `sub` would read them as references.
-        text = re.sub(rf"{first}(?!_\d)(?!\s+{first}_1)", written_out.replace("\\", r"\\"), text)
-    return text
+    if not any(f"{token}_1" in added for token in added):
+        return text
+    tokens = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))  # the longest match counts
+
+    def written_out(found: "re.Match[str]") -> "str":
+        token = found.group()
+        follower = re.compile(rf"\s+({tokens})").match(text, found.end())
+        if follower is not None and follower[1] == f"{token}_1":
+            return token
+        further = itertools.takewhile(added.__contains__, (f"{token}_{index}" for index in itertools.count(1)))
+        return " ".join([token, *further])
+
+    return re.sub(tokens, written_out, text)
 
 
 def prompt_token_ids(tokenizer: "Any", prompt: "str") -> "list[int]":
@@ -1015,7 +1028,7 @@ def find_phrase(tokenizer: "Any", prompt: "str", phrase: "str", occurrence: "int
     return list(range(*places[occurrence]))
 
 
-def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "list[list[int]]":
+def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]", may_share: "bool" = False) -> "list[list[int]]":
     """Positions of several phrases, each at a place of its own.
 
     A repeated phrase gets its first place first: "dog", "dog" in "a dog and a dog" are two places. Longer phrases
@@ -1023,15 +1036,18 @@ def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "
     in plural or singular.
 
     Args, raises: as in `find_phrase`; PhraseNotFoundError also if a phrase has fewer free places than it is asked for.
+        may_share: a phrase that is repeated more often than it has places shares the last of them instead: "dogs",
+            "dogs" in "two dogs" are one place.
 
     Returns:
-        One list of positions per phrase, in the order of `phrases`; no position is in two of them.
+        One list of positions per phrase, in the order of `phrases`; no position is in two of them, but for shared
+        places.
     """
     reader = _PromptReader(tokenizer, prompt)
     if isinstance(phrases, str):
         raise LayoutError(f"`phrases` must be a list of strings, got {shown_value(phrases)}.")
-    lengths = [len(reader.phrase_ids(phrase)) for phrase in phrases]
-    longest_first = sorted(range(len(phrases)), key=lambda index: -lengths[index])
+    ids = [reader.phrase_ids(phrase) for phrase in phrases]
+    longest_first = sorted(range(len(phrases)), key=lambda index: -len(ids[index]))
     chosen: "dict[int, tuple[int, int]]" = {}
     for places_of in (reader.exact_places, reader.inflected_places):
         for index in longest_first:
@@ -1042,33 +1058,26 @@ def find_phrases(tokenizer: "Any", prompt: "str", phrases: "Sequence[str]") -> "
             if place is not None:
                 chosen[index] = place
     for index, phrase in enumerate(phrases):
-        if index not in chosen:
-            same = sum(phrases[other] == phrase for other in chosen)
-            raise reader.not_found(phrase, found=same, wanted=list(phrases).count(phrase))
+        if index in chosen:
+            continue
+        same = [place for other, place in sorted(chosen.items()) if ids[other] == ids[index]]
+        if not (may_share and same):
+            raise reader.not_found(phrase, found=len(same), wanted=1 if may_share else ids.count(ids[index]))
+        chosen[index] = same[-1]
     return [list(range(*chosen[index])) for index in range(len(phrases))]
 
 
-def find_phrases_all(
-    tokenizers: "Sequence[Any]", prompts: "str | Sequence[str]", phrases: "Sequence[str]"
-) -> "list[list[list[int]]]":
-    """`find_phrases` for each of a model's tokenizers (SDXL has two).
+def find_everywhere(tokenizer: "Any", prompt: "str", phrases: "Iterable[str]") -> "list[int]":
+    """Positions of all tokens that belong to one of the phrases, at every place where one's words stand as they are.
 
-    Args:
-        tokenizers: the tokenizers in the order of the text encoders; None entries are left out.
-        prompts: the prompt of all encoders, or one per tokenizer.
-        phrases: as in `find_phrases`.
+    Args, raises: as in `find_phrase`, but a phrase that does not occur has no positions.
 
     Returns:
-        For each tokenizer, one list of positions per phrase.
-
-    Raises:
-        LayoutError: another number of prompts than tokenizers; else as in `find_phrases`.
+        Positions in rising order, each once.
     """
-    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    texts = [prompts] * len(tokenizers) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(tokenizers):
-        raise LayoutError(f"`prompts` must be one per tokenizer ({len(tokenizers)}), got {len(texts)}.")
-    return [find_phrases(tokenizer, text, phrases) for tokenizer, text in zip(tokenizers, texts, strict=True)]
+    reader = _PromptReader(tokenizer, prompt)
+    places = (place for phrase in phrases for place in reader.exact_places(phrase))
+    return sorted({position for place in places for position in range(*place)})
 
 
 class _PromptReader:
@@ -1183,6 +1192,7 @@ def place_phrases(
     canvas: "tuple[int, int]",
     used: "Iterable[str]",
     method: "str",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """Find each object's phrase in its prompt.
 
@@ -1193,13 +1203,15 @@ def place_phrases(
         canvas: height and width of the picture, in pixels.
         used: the fields of `SceneObject` that the method uses.
         method: the method's name, for messages.
+        may_share: objects of the same phrase that find no place of their own share the last one that it has, as the
+            dogs of "two dogs" do; else they are refused.
 
     Returns:
         B lists, one `PlacedObject` per object.
 
     Raises:
         MissingFieldError: an object has neither `phrase` nor `token`.
-        PhraseNotFoundError: a phrase does not occur in its prompt.
+        PhraseNotFoundError: a phrase does not occur in its prompt, or not often enough.
         PromptTooLongError: a prompt with objects has more tokens than the text encoder reads.
         RegionError: a mask has other proportions than the canvas.
         ObjectComposeError: there is no prompt, or no tokenizer, to look in.
@@ -1210,14 +1222,10 @@ def place_phrases(
         raise ObjectComposeError("`objects` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = as_scene_objects(objects, len(texts))
-    for prompt, row in zip(texts, rows, strict=True):
-        for index, item in enumerate(row):
-            if _object_name(item) is None:
-                raise MissingFieldError(
-                    f"{method} needs `phrase` of every object; object {index} of {prompt!r} has none."
-                )
+    for row in rows:
+        require_object_fields(row, [("phrase", "token")], method)
     used = tuple(used)
-    return place_objects(tokenizer, texts, rows, canvas, lambda item: used)
+    return place_objects(tokenizer, texts, rows, canvas, lambda item: used, may_share)
 
 
 def place_objects(
@@ -1226,6 +1234,7 @@ def place_objects(
     rows: "Sequence[Sequence[SceneObject]]",
     canvas: "tuple[int, int]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool" = False,
 ) -> "list[list[PlacedObject]]":
     """`place_phrases` for methods whose objects need no phrase: one that is given must be found all the same.
 
@@ -1235,6 +1244,7 @@ def place_objects(
         rows: per prompt its objects.
         canvas: height and width of the picture, in pixels.
         used_fields: the fields that the method uses of an object.
+        may_share: as in `place_phrases`.
 
     Raises:
         PhraseNotFoundError, PromptTooLongError, RegionError, ObjectComposeError: as `place_phrases`.
@@ -1248,7 +1258,7 @@ def place_objects(
     if tokenizer is None:
         raise ObjectComposeError("`phrase` needs the pipeline's tokenizer, which is None.")
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return [_place_row(tokenizer, text, row, used_fields) for text, row in zip(texts, rows, strict=True)]
+    return [_place_row(tokenizer, text, row, used_fields, may_share) for text, row in zip(texts, rows, strict=True)]
 
 
 def _object_name(item: "SceneObject") -> "str | None":
@@ -1260,9 +1270,10 @@ def _place_row(
     prompt: "str",
     objects: "Sequence[SceneObject]",
     used_fields: "Callable[[SceneObject], Iterable[str]]",
+    may_share: "bool",
 ) -> "list[PlacedObject]":
     names = [name for name in map(_object_name, objects) if name is not None]
-    positions = iter(find_phrases(tokenizer, prompt, names) if names else [])
+    positions = iter(find_phrases(tokenizer, prompt, names, may_share) if names else [])
     placed: "list[PlacedObject]" = []
     seen: "dict[str, int]" = {}
     for item in objects:
@@ -2036,6 +2047,21 @@ def use_parts(unet: "Any", parts: "Sequence[Any]", outer_probes: "bool" = True) 
             _exchange_processor(modules[name], processor)
 
 
+@contextmanager
+def frozen_parameters(modules: "Iterable[Any]") -> "Iterator[None]":
+    """Gradients pass through these models and stay out of their weights; as before on exit, also on an exception."""
+    trainable = [
+        weight for module in modules if module is not None for weight in module.parameters() if weight.requires_grad
+    ]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def _compose_processor(
     name: "str", parts: "tuple[Any, ...]", current: "Any", outer_probes: "bool" = True
 ) -> "ComposedAttnProcessor":
@@ -2142,6 +2168,22 @@ def grids_of(height: "int", width: "int", levels: "int") -> "list[tuple[int, int
     return grids
 
 
+def token_grid(num_tokens: "int", height: "int", width: "int") -> "tuple[int, int]":
+    """The grid `(h, w)` of `num_tokens` cells that halving a canvas' sides, rounding up, arrives at.
+
+    Raises:
+        RegionError: none has so many.
+    """
+    canvas = (height, width)
+    while height * width > num_tokens and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != num_tokens:
+        raise RegionError(
+            f"`num_tokens` must be the number of cells of a level of the canvas {canvas}, got {num_tokens}."
+        )
+    return height, width
+
+
 def region_area(region: "Any") -> "float":
     """Share of the canvas that a box or a mask `(H, W)` covers, in (0, 1]."""
     if isinstance(region, torch.Tensor) and region.ndim == 2:
@@ -2217,18 +2259,6 @@ def shared_ownership(regions: "torch.Tensor", orders: "Sequence[int]", areas: "S
     return (shares / shares.sum(0).clamp(min=1.0)).to(regions)
 
 
-def background_region(regions: "torch.Tensor") -> "torch.Tensor":
-    """What no region covers: 1 less the sum of the regions, at least 0.
-
-    Args:
-        regions: `(N, h, w)`, values in [0, 1]. N may be 0: all is background.
-
-    Returns:
-        `(h, w)`, values in [0, 1].
-    """
-    return (1.0 - regions.sum(0)).clamp(min=0.0)
-
-
 class RegionPyramid:
     """The regions of one picture on every grid of the UNet; each grid is built once.
 
@@ -2289,24 +2319,9 @@ class RegionPyramid:
             self._moved[key] = self._built[grid].to(device=device, dtype=dtype)
         return self._moved[key]
 
-    def grid_of_tokens(self, num_tokens: "int") -> "tuple[int, int]":
-        """The grid of the canvas' levels that has `num_tokens` cells.
-
-        Raises:
-            RegionError: none has.
-        """
-        height, width = self.canvas
-        while height * width > num_tokens and height * width > 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if height * width != num_tokens:
-            raise RegionError(
-                f"`num_tokens` must be the number of cells of a level of the canvas {self.canvas}, got {num_tokens}."
-            )
-        return height, width
-
     def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
     def _build(self, grid: "tuple[int, int]") -> "torch.Tensor":
         if not self.regions:
@@ -2352,7 +2367,7 @@ class RegionPyramidBatch:
 
     def at_tokens(self, num_tokens: "int", device: "Any" = None, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
         """The regions on the level with `num_tokens` cells, as `at` gives them."""
-        return self.at(self.pyramids[0].grid_of_tokens(num_tokens), device, dtype)
+        return self.at(token_grid(num_tokens, *self.canvas), device, dtype)
 
 
 def _box_side(start: "float", stop: "float", count: "int", rule: "str") -> "torch.Tensor":
@@ -2551,6 +2566,11 @@ class _SoftmaxColumns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
+        with torch.autocast(grad.device.type, enabled=False):  # which may be on around the backward pass alone
+            return _SoftmaxColumns._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: "Any", grad: "torch.Tensor") -> "tuple[torch.Tensor | None, ...]":
         query, key, indices, bias, total, columns = ctx.saved_tensors
         # d column_t / d logit_k = column_t * (1[t is k] - probability_k)
         weighted = grad * columns
@@ -2826,15 +2846,6 @@ def check_still_installed(unet: "Any", layers: "Iterable[str]") -> "None":
             )
 
 
-def token_grid(num_tokens: "int", latent_height: "int", latent_width: "int") -> "tuple[int, int]":
-    """The grid `(h, w)` of `num_tokens` cells that halving the latents' sides, rounding up, arrives at."""
-    height, width = latent_height, latent_width
-    while height * width > num_tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == num_tokens, f"no grid of {num_tokens} cells below {latent_height} x {latent_width}"
-    return height, width
-
-
 class PhraseMapRecorder:
     """Running mean of the attention maps of phrases.
 
@@ -2873,8 +2884,8 @@ class PhraseMapRecorder:
         if self._grid is None:
             self._grid = token_grid(max(m.shape[1] for m in maps.values()), *self.latent_size)
         for layer_map in maps.values():  # (B, HW, T)
-            membership = self._membership.to(layer_map.device)
-            phrase_map = (layer_map.detach().float() @ membership).transpose(1, 2)  # (B, N, HW)
+            self._membership = self._membership.to(layer_map.device)
+            phrase_map = (layer_map.detach().float() @ self._membership).transpose(1, 2)  # (B, N, HW)
             phrase_map = phrase_map.unflatten(-1, token_grid(layer_map.shape[1], *self.latent_size))
             if phrase_map.shape[-2:] != self._grid:
                 phrase_map = F.interpolate(phrase_map, size=self._grid, mode="bilinear", align_corners=False)
@@ -3144,7 +3155,7 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
     ) -> "torch.Tensor":
         """Hidden states `(len(texts), max_length, C)` of the text encoder; longer texts are cut."""
         max_length = self.tokenizer.model_max_length if max_length is None else max_length
-        texts = self.expand_placeholders(texts)
+        texts = [expand_placeholders(self.tokenizer, text) for text in texts]
         inputs = self.tokenizer(
             texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
         )
@@ -3171,12 +3182,6 @@ class StableDiffusionStepsMixin(ImagePromptStepsMixin):
                 steps_logger.warning(
                     f"The text encoder reads {limit} tokens; this part of the prompt was cut off: {removed!r}."
                 )
-
-    def expand_placeholders(self, texts: "list[str]") -> "list[str]":
-        """Write out learned tokens of several vectors ("<cat>" to "<cat> <cat>_1"), as the text encoder sees them."""
-        if isinstance(self, TextualInversionLoaderMixin):
-            return self.maybe_convert_prompt(list(texts), self.tokenizer)
-        return list(texts)
 
     # ---- latents and scheduler
 
@@ -3361,6 +3366,12 @@ def check_number(name: "str", value: "Any", minimum: "float | None" = None) -> "
         raise ObjectComposeError(f"`{name}` must be at least {minimum}, got {value!r}.")
 
 
+def check_switch(name: "str", value: "Any") -> "None":
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ObjectComposeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> "None":
     """Raise unless both sides are multiples of 8 and of the VAE's factor."""
     multiple = math.lcm(8, vae_scale_factor)
@@ -3370,10 +3381,19 @@ def check_picture_size(height: "int", width: "int", vae_scale_factor: "int") -> 
             raise ObjectComposeError(f"`{name}` must be divisible by {multiple}, got {value}.")
 
 
-def check_output_type(output_type: "Any") -> "None":
-    """Raise unless `output_type` is one of `OUTPUT_TYPES`."""
+def check_output_type(output_type: "Any", vae: "Any") -> "None":
+    """Raise unless `output_type` is one of `OUTPUT_TYPES`, and there is a VAE for all but "latent"."""
     if output_type not in OUTPUT_TYPES:
         raise ObjectComposeError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if vae is None and output_type != "latent":
+        raise CheckpointError(f'`vae` is needed for `output_type` {output_type!r}, got None; "latent" does without.')
+
+
+def check_object_count(rows: "Sequence[Sequence[Any]]", maximum: "int") -> "None":
+    """Raise `LayoutError` unless each prompt has at most `maximum` objects."""
+    largest = max(map(len, rows))
+    if largest > maximum:
+        raise LayoutError(f"`objects` must hold at most {maximum} objects per prompt, got {largest}.")
 
 
 def check_embeds(name: "str", embeds: "Any", unet: "Any") -> "None":
@@ -3536,7 +3556,7 @@ def check_callback(callback: "Callable | None", tensor_inputs: "Any", allowed: "
     """Raise unless the callback can be called and asks only for tensors that the loop has."""
     if callback is not None and not callable(callback):
         raise ObjectComposeError(f"`callback_on_step_end` must be callable, got {callback!r}.")
-    unknown = [name for name in tensor_inputs or () if name not in allowed]
+    unknown = [name for name in tensor_inputs if name not in allowed]
     if unknown:
         raise ObjectComposeError(
             f"`callback_on_step_end_tensor_inputs` may only name {', '.join(allowed)}, got"
@@ -3642,7 +3662,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
             height=height,
             width=width,
             num_images_per_prompt=num_images,
-            callback_on_step_end_tensor_inputs=tensor_inputs,
+            callback_on_step_end_tensor_inputs=tensor_inputs or (),
             attention_steps=steps,
         )
 
@@ -3657,7 +3677,7 @@ class SamplingMixin(StableDiffusionStepsMixin):
         check_number("eta", call.eta, minimum=0.0)
         check_count("num_images_per_prompt", call.num_images_per_prompt)
         check_picture_size(call.height, call.width, self.vae_scale_factor)
-        check_output_type(call.output_type)
+        check_output_type(call.output_type, self.vae)
         check_schedule(self.scheduler, call.num_inference_steps, call.timesteps, call.sigmas)
         use_guidance = call.guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
@@ -3818,6 +3838,9 @@ class SamplingMixin(StableDiffusionStepsMixin):
             use_parts(self.unet, all_parts) as installed,
             self.progress_bar(total=state.num_inference_steps) as progress_bar,
         ):
+            if sum(part.kind == "branch" and part.mode == "replace" for part in all_parts) > 1:
+                halves = 2 if self.do_classifier_free_guidance else 1
+                prepare_parts(self.unet, state.latents.repeat(halves, 1, 1, 1))  # conflicts show before any step
             for i, t in enumerate(state.schedule):
                 if self.interrupt:
                     continue
@@ -3868,6 +3891,8 @@ class SamplingMixin(StableDiffusionStepsMixin):
         assert call.callback_on_step_end is not None
         tensors = {name: getattr(state, name) for name in call.callback_on_step_end_tensor_inputs}
         returned = call.callback_on_step_end(self, step, timestep, tensors)
+        if returned is None:
+            return
         for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
             setattr(state, name, returned.pop(name, getattr(state, name)))
 

@@ -7,7 +7,9 @@ import PIL.Image
 import pytest
 import torch
 
+from objectcompose.errors import CheckpointError
 from tests.pipelines.conformance.rows import generators
+from tests.pipelines.refusals import watched_models
 from tests.tiny import TEXT_WIDTH
 
 
@@ -23,7 +25,8 @@ def plain_call(pipeline, **arguments):
 
 
 def maps_of(output):
-    return output.attention or []
+    assert output.attention is not None, "each row asks for maps"
+    return output.attention
 
 
 def assert_close_outputs(first, second):
@@ -42,6 +45,7 @@ def test_off_it_is_the_plain_pipeline_bit_for_bit(row, guidance_scale):
     )
     row.call(ours)
     assert torch.equal(plain_call(plain), plain_call(ours)), "a call left a trace"
+    assert torch.equal(plain_call(plain), plain_call(ours, objects=[]))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -51,7 +55,7 @@ def test_batch_equals_singles(row, guidance_scale):
     for index in range(2):
         alone = row.call(pipeline, index, generator=generators(1, 1 + index), guidance_scale=guidance_scale)
         torch.testing.assert_close(together.images[index], alone.images[0], atol=1e-4, rtol=0)
-        for label, found in (alone.attention or [{}])[0].items():
+        for label, found in maps_of(alone)[0].items():
             torch.testing.assert_close(together.attention[index][label], found, atol=1e-5, rtol=0)
 
 
@@ -152,6 +156,26 @@ def test_callback_changes_latents(row):
     assert (latents == 0).all()
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
         row.call(pipeline, callback_on_step_end=blank, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_callbacks_may_return_nothing_and_ask_for_nothing(row):
+    pipeline, seen = row.build(), []
+    expected = row.call(pipeline).images
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(dict(tensors))
+
+    for names in ((), None):
+        options = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": names}
+        assert torch.equal(row.call(pipeline, **options).images, expected)
+    assert seen == [{}] * 4
+
+
+def test_pixels_need_a_vae(row):
+    pipeline = row.build(vae=None)
+    with watched_models(pipeline) as ran, pytest.raises(CheckpointError, match='`vae` is needed .*"latent"'):
+        row.call(pipeline)
+    assert not ran and row.call(pipeline, output_type="latent", height=32, width=32).images.ndim == 4
 
 
 def test_callback_sees_each_tensor_that_is_promised(row):

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 
 from objectcompose.errors import PartConflictError
-from tests.pipelines.conformance.test_calls import plain_call
+from tests.pipelines.conformance.test_calls import maps_of, plain_call
 from tests.pipelines.helpers import add_ip_adapter, ip_embeds
 
 
@@ -19,7 +19,7 @@ def kinds(unet):
 
 def assert_same_method(first, second):
     torch.testing.assert_close(first.images, second.images, atol=1e-4, rtol=0)
-    for one, other in zip(first.attention or [], second.attention or [], strict=True):
+    for one, other in zip(maps_of(first), maps_of(second), strict=True):
         for label in one:
             torch.testing.assert_close(one[label], other[label], atol=1e-5, rtol=0)
 
