@@ -220,7 +220,7 @@ class GuidedRun:
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         pictures = pipeline.image_processor.postprocess(decoded, output_type="pt").float()  # (M, 3, H, W)
         images = pipeline.image_processor.numpy_to_pil(pictures.permute(0, 2, 3, 1).cpu().numpy())
-        matches = []
+        matches: list[list[ObjectMatch]] = []
         for picture, image, reference, names in zip(pictures, images, self.references, self.phrases, strict=True):
             phrases = [name for name in names if name is not None]
             if not names:
