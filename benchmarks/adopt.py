@@ -2,7 +2,7 @@
 
     python -m benchmarks.adopt tokencompose outputs/reproduce/tokencompose-cpu
     python -m benchmarks.adopt locref outputs/reproduce/locref-cpu
-    python -m benchmarks.adopt object_prompt outputs/reproduce/object-prompt-cpu
+    python -m benchmarks.adopt object_prompt examples/toybox   # only the card: the recipe measures these very weights
     python -m benchmarks.adopt mifo outputs/reproduce/mifo-cpu
 
 The folder is the recipe's; weights are taken only if the result file holds their hash.
@@ -57,9 +57,10 @@ ADOPTED = {
          "shift.full"),
     ),
     "object_prompt": Adopted(
-        "mixed",
-        ("identity.mixed", "diversity.mixed", "category.mixed", "identity.unguided", "identity.guided",
+        "object_prompt",
+        ("identity.unguided", "identity.text", "identity_diff.unguided_text", "identity.guided", "category.unguided",
          "matching_accuracy.distinct"),
+        parts=((".", "."),),
     ),
     "mifo": Adopted(
         "test-alike-0/reward_penalty_stage2",
