@@ -8,10 +8,10 @@ Four adapters, whose keys and values come from the narrow stream ("coarse"), the
 wide values ("mixed", the paper's) or the other way round ("swapped"), see the same scenes for the same number of steps
 at the same learning rate (gpu: are tuned on the dev sets by the same number of trials). On "mixed" (smoke and cpu: the
 repository's adapter, which was trained twice as long) guidance is compared with none, with masks alone, with its fast
-mode and with text alone, for two to six objects, look-alikes and occluded references. All arms paint from the same noise. Outcomes go to
-`<out>/report.json`, `scatter.png` and `sheet.png`, with `--record` also to
+mode and with text alone, for two to six objects, look-alikes and occluded references. All arms paint from the same
+noise. Outcomes go to `<out>/report.json`, `scatter.png` and `sheet.png`, with `--record` also to
 `benchmarks/results/object_prompt_toybox.json`. Of the CPU preset's time, at 3 steps and 2 unguided pictures a second,
-training takes 1.2 hours and painting and looking 1.2.
+training takes 1.2 hours and painting and looking half an hour.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ PROTOCOL = (
     " tokens for both; mixed: layout for keys, appearance for values; swapped: the reverse): the same scenes, steps"
     " and batches, values from zero, cosine schedule, each tuned on the dev sets by the judge's identity and the same"
     f" number of trials (learning rates), without trials (trial_steps=0) the rate {LEARNING_RATES[0]:g}. Guidance on"
-    " mixed, with uses_committed on the repository's adapter of that kind, trained in 6000 steps of 8: text: object pictures at strength 0; unguided; masks:"
+    " mixed, with uses_committed on the repository's adapter of that kind, trained in 6000 steps of 8: text: object"
+    " pictures at strength 0; unguided; masks:"
     f" objects are confined to their segments; guided: with {REFINEMENT_STEPS} updates of the appearance tokens,"
     f" too; guided_fast: with a first run of half the steps; segments by toybox's CLIPSeg. Pictures: {STEPS} DDIM"
     f" steps, guidance scale {GUIDANCE:g}, the same noise for all arms. Segments are found by CLIPSeg and paired with"
