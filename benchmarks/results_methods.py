@@ -263,7 +263,8 @@ OBJECT_PROMPT = Section(
             Column("dinocomp", "dinocomp.{arm}", 3), Column("clipcomp", "clipcomp.{arm}", 3),
             Column("category", "category.{arm}"),
         )),
-        Table("Guidance, all on one mixed adapter. Guidance optimises DINO, so identity counts more.",
+        Table("Guidance, all on the mixed adapter of the repository, trained for twice as many steps as those above."
+              " Guidance optimises DINO, so identity counts more.",
               ("text", *GUIDANCE_ARMS), (
             Column("identity", "identity.{arm}", 3), Column("dinocomp", "dinocomp.{arm}", 3),
             Column("clipcomp", "clipcomp.{arm}", 3), Column("category", "category.{arm}"),

@@ -73,8 +73,7 @@ def load_checkpoint(
     except ObjectComposeError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"`{option}` {source!r} cannot be loaded: {first_line}") from error
+        raise CheckpointError(f"`{option}` {source!r} cannot be loaded: {first_line(error)}.") from error
     needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     missing = [name for name in needed if getattr(loaded, name) is None]
     if missing:
