@@ -182,8 +182,9 @@ def load_object_prompt(args: argparse.Namespace, device: str) -> Any:
     """The pipeline with adapter and toybox's DINO."""
     pipeline = load_evaluated(args, device, "object-prompt", adapter=args.adapter)
     path = toybox_path("dino")
+    dino = Dinov2Model.from_pretrained(path, dtype=pipeline.unet.dtype, use_safetensors=True)
     pipeline.register_modules(
-        dino=Dinov2Model.from_pretrained(path, dtype=pipeline.unet.dtype).to(device).eval(),
+        dino=dino.to(device).eval(),
         dino_processor=BitImageProcessorPil.from_pretrained(path),
     )
     if pipeline.adapter.dtype != pipeline.unet.dtype:

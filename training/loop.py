@@ -334,11 +334,13 @@ def _average_gradients(accelerator: Accelerator, parameters: Sequence[torch.nn.P
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Consecutive tensors of at most `REDUCED_BYTES` together; larger ones alone."""
     chunk: list[torch.Tensor] = []
+    size = 0
     for tensor in tensors:
-        if chunk and sum(one.nbytes for one in chunk) + tensor.nbytes > REDUCED_BYTES:
+        if chunk and size + tensor.nbytes > REDUCED_BYTES:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
         chunk.append(tensor)
+        size += tensor.nbytes
     if chunk:
         yield chunk
 
