@@ -63,15 +63,16 @@ ADOPTED = {
         parts=((".", "."),),
     ),
     "mifo": Adopted(
-        "test-alike-0/reward_penalty_stage2",
-        ("identity.reward_penalty_stage2.alike", "identity.reward_stage2.alike",
-         "identity_diff.reward_penalty_reward_stage2.alike", "leakage.reward_penalty_stage2",
-         "synthesis.leakage.in_box", "synthesis.leakage.no_control"),
+        "test-alike-5/reward_penalty_prior",
+        ("identity.reward_penalty_prior.alike", "identity.reward_prior.alike",
+         "identity_diff.reward_penalty_reward_prior.alike", "identity_mixed_up.reward_penalty_prior.alike",
+         "leakage.reward_penalty_prior.alike"),
         parts=(("embeddings", "embeddings"), ("weights", "weights")),
-        pictures="test-alike-0/data",
+        pictures="test-alike-5/data",
         usage="They are two look-alikes of `img.png`, under `mask0.png` and `mask1.png`. `embeddings` is for"
               " `load_textual_inversion`, `weights` for `load_lora_weights`;"
-              " `objectcompose.pipelines.learned_instances.load_instances` loads both.",
+              " `objectcompose.pipelines.learned_instances.load_instances` loads both. Of the eight scenes of"
+              " look-alikes this one was chosen for its looks; the figures are of all eight.",
     ),
 }  # fmt: skip
 DATA_LICENSE = "scenes: see toybox/pictures/LICENSES.md"

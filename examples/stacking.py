@@ -44,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuning.attach(pipe.unet)
     learned = load_instances(pipe, toybox_path("mifo"))[0]  # "<asset0>", and the LoRA that was learned with it
     preset = active_preset()
-    clock = reference_picture(preset, Identity("clock", preset.styles[0], 310.0), seed=3)
-    places = {"clock": (0.03, 0.45, 0.47, 0.93), learned: (0.52, 0.10, 0.97, 0.60)}
-    prompt = f"a photo of a clock and {learned}"
+    banana = reference_picture(preset, Identity("banana", preset.styles[0], 60.0), seed=3)
+    places = {"banana": (0.03, 0.45, 0.47, 0.93), learned: (0.52, 0.10, 0.97, 0.60)}
+    prompt = f"a photo of a banana and {learned}"
 
     def paint(**options: Any) -> Any:
         generator = torch.Generator("cpu").manual_seed(1)
         return pipe(prompt, num_inference_steps=args.steps, guidance_scale=5.0, generator=generator, **options)
 
     output = paint(
-        objects=[SceneObject(phrase="clock", image=clock, box=places["clock"]), SceneObject(phrase=learned)],
+        objects=[SceneObject(phrase="banana", image=banana, box=places["banana"]), SceneObject(phrase=learned)],
         parts=[MIFOBoxControl([{"token": learned, "box": places[learned]}])],
         return_attention=True,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -24,7 +26,24 @@ def process_state(device: str | None = None) -> PartialState:
     Args:
         device: what was asked for; "cpu" keeps off the accelerator.
     """
-    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
+    leave_group_at_exit()
+    return state
+
+
+@functools.cache
+def leave_group_at_exit() -> None:
+    """Leave the other processes before the interpreter ends; once, however often it is called.
+
+    Gloo's threads may hold tensors a little longer than the work on them lasts; freed while the interpreter ends, they
+    abort the process (signal 6). NCCL's group stays: after a failure of this process, leaving would wait for the rest.
+    """
+    atexit.register(_leave_gloo_group)
+
+
+def _leave_gloo_group() -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def groups_of_process(items: Sequence[Item], size: int, state: PartialState) -> Iterator[list[Item]]:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from objectcompose.checkout import checkout_state
 from objectcompose.errors import CheckpointError, MissingPackageError, ObjectComposeError
 from objectcompose.files import write_atomically
-from objectcompose.processes import PROCESS_TIMEOUT
+from objectcompose.processes import PROCESS_TIMEOUT, leave_group_at_exit
 
 
 _STEP_PREFIX = "step-"
@@ -67,6 +67,7 @@ def start_training(
         cpu=cpu,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
+    leave_group_at_exit()
     set_seed(seed, device_specific=True)
     return accelerator
 

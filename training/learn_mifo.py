@@ -96,7 +96,11 @@ def create_parser() -> argparse.ArgumentParser:
     second.add_argument("--stage2_steps", type=int, default=400, help="0 ends after stage 1")
     second.add_argument("--stage2_learning_rate", type=float, default=2e-6, help="for LoRA about 1e-4")
     second.add_argument("--prior_weight", type=float, default=1.0, help="of the class pictures' denoising loss")
-    second.add_argument("--class_prompt", default="a photo at the beach", help="of the class pictures")
+    second.add_argument(
+        "--class_prompt",
+        default="a photo at the beach",
+        help="of the class pictures: something that the base paints well (toybox knows no beach)",
+    )
     second.add_argument("--class_pictures", type=int, default=100, help="painted by the base before stage 2")
     second.add_argument(
         "--lora_layers", choices=get_args(LoraLayers), default="cross", help="that --train_modules lora is on"

@@ -1,7 +1,7 @@
 """LocRef-Diffusion on the toybox: what masks, composite image, projection and loss weights do, beside two rivals.
 
     make reproduce-locref PRESET=smoke        # 3 minutes on two cores: does the object move with its box?
-    make reproduce-locref PRESET=cpu          # about 2.5 hours on one core; run it again to go on
+    make reproduce-locref PRESET=cpu          # about 4.5 hours on one core; run it again to go on
     make reproduce-locref PRESET=gpu
 
 Every trained arm, the rival IP-Adapter among them, sees the same scenes for the same number of steps at the same
@@ -99,12 +99,10 @@ TRAINED_OPTIONS: dict[str, dict[str, Any]] = {
     RIVAL: IP_ADAPTER_OPTIONS,
 }
 ALL_ARMS = (*TRAINED_OPTIONS, SWITCH, TEXT)
-#: Better few that are trained for hours than all of them for minutes.
-CPU_ARMS = (FULL, SWITCH, TEXT, "no_mask", "coords", RIVAL)
 NUMBERS, JITTERS = (2, 5, 10, 20), (5, 10, 20)
 SIZES = {
     "smoke": Size((FULL, SWITCH, TEXT, RIVAL), True, 64, 8, 8, 0, 6, 1, (10,), (10,), 3, 20),
-    "cpu": Size(CPU_ARMS, False, 4000, 6000, 8, 0, 96, 2, NUMBERS, JITTERS, 24, 32),
+    "cpu": Size(ALL_ARMS, False, 4000, 6000, 8, 0, 96, 2, NUMBERS, JITTERS, 24, 32),
     "gpu": Size(ALL_ARMS, False, 16_000, 3000, 32, 200, 96, 8, NUMBERS, JITTERS, 96, 32),
 }
 DEV_LAYOUTS = 24

@@ -1,7 +1,7 @@
 """MIFO on the toybox: which losses learn look-alikes apart, and which control keeps them in their boxes.
 
     make reproduce-mifo PRESET=smoke        # 4 minutes on two cores: do maps move into masks, objects into boxes?
-    make reproduce-mifo PRESET=cpu          # about 4 hours on two cores; run it again to go on
+    make reproduce-mifo PRESET=cpu          # about 3 hours on two cores; run it again to go on
     make reproduce-mifo PRESET=gpu          # several scenes at once, `ARGS="--jobs 8"`
 
 Eight scenes of two recolourings of one drawing and four of two categories, all in colours that no training shows.
@@ -27,7 +27,7 @@ from benchmarks.recipes.mifo_metrics import LEARNING, SYNTHESIS, metrics_of_rows
 from benchmarks.recipes.mifo_parts import (
     CONTROLS,
     LEARNING_ARMS,
-    STAGE2,
+    SECOND_STAGES,
     SYNTHESISED,
     TOYBOX_LEARNING,
     Part,
@@ -35,6 +35,7 @@ from benchmarks.recipes.mifo_parts import (
     chosen_scenes,
     parts_of,
     run_part,
+    split_arm,
 )
 from objectcompose.evaluation.report import write_report
 from objectcompose.examples.gallery import GalleryRow, save_gallery
@@ -53,15 +54,17 @@ PROTOCOL = (
     " categories, all in hues that training never shows. Learning arms: stage 1 moves the placeholders only, without"
     " attention loss (none), with the reward (Break-a-Scene's kind), the penalty, or the one and then the other;"
     " separate: the same, one instance alone on grey per step; _stage2: LoRA on the UNet beside them, without class"
-    " pictures. Their pictures: toybox's ten prompts under full box control. Synthesis arms paint the instances of"
-    " reward_penalty_stage2: without control, with the in-box reward alone (as Bounded Attention's, without its factor"
-    " S), full, with a constant penalty, without refined masks, and with control of self- or of cross-attention alone."
+    " pictures; _prior: LoRA with class pictures, half the steps at half the rate. Pictures: toybox's ten prompts"
+    " under full box control. Synthesis arms paint the instances of reward_penalty_stage2: without control, with the"
+    " in-box reward alone (as Bounded Attention's, without its factor S), full, with a constant penalty, without"
+    " refined masks, and with control of self- or of cross-attention alone."
     f" {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms. Crops at the boxes against the cut-outs"
     " of the learned picture: sim_d and nsim_d by toybox's DINO, identity by the judge; sim_c: toybox's CLIP against"
     " rendered scenes of the caption. leakage: share of the area that the judge sees as instances outside of all"
     " boxes; mixed_up: boxes more like another instance; map_inside: share of a placeholder's attention in its mask,"
     " t = 200, 400. Cosines raw, shares in per cent. Intervals: 95 % bootstrap over scenes. Learning:"
-    f" {dict(TOYBOX_LEARNING)}, chosen on one dev scene for all arms alike, not arm by arm, without class pictures."
+    f" {dict(TOYBOX_LEARNING)}, stage 2 {SECOND_STAGES}; all chosen on one or two dev scenes for all arms alike, not"
+    " arm by arm, _prior after _stage2 was measured."
 )
 
 
@@ -84,7 +87,7 @@ class Recipe:
         chosen = set(arms or known)
         if chosen & set(self.size.controls):
             chosen.add(SYNTHESISED)  # what they paint
-        chosen |= {arm.removesuffix(STAGE2) for arm in chosen}  # what stage 2 goes on from
+        chosen |= {split_arm(arm)[0] for arm in chosen}  # what stage 2 goes on from
         self.arms = [arm for arm in self.size.arms if arm in chosen]
         self.controls = [control for control in self.size.controls if control in chosen]
         self.jobs = (GPU_JOBS if best_device() == "cuda" else 1) if jobs is None else jobs

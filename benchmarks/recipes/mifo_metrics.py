@@ -11,7 +11,9 @@ from objectcompose.evaluation.report import share_metrics
 
 
 LEARNING, SYNTHESIS, ATTENTION = "learning", "synthesis", "attention"
-#: (arm, arm it is compared with) and how the pair is called; with stage 2 likewise.
+#: Endings of arms that go on with stage 2: without and with class pictures.
+STAGE2, PRIOR = "_stage2", "_prior"
+#: (arm, arm it is compared with) and how the pair is called; with either stage 2 likewise.
 LEARNING_PAIRS = {
     "reward_penalty_reward": ("reward_penalty", "reward"),
     "reward_penalty_penalty": ("reward_penalty", "penalty"),
@@ -54,10 +56,15 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _with_stages(pairs: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    second = {f"{name}_stage2": (f"{ours}_stage2", f"{theirs}_stage2") for name, (ours, theirs) in pairs.items()}
+    second = {
+        f"{name}{ending}": (f"{ours}{ending}", f"{theirs}{ending}")
+        for name, (ours, theirs) in pairs.items()
+        for ending in (STAGE2, PRIOR)
+    }
     arms = sorted({arm for pair in pairs.values() for arm in pair})
-    stages = {f"{arm}_stages": (f"{arm}_stage2", arm) for arm in arms}  # what stage 2 adds
-    return {**pairs, **second, **stages}
+    stages = {f"{arm}_stages": (f"{arm}{STAGE2}", arm) for arm in arms}  # what stage 2 adds
+    classes = {f"{arm}_classes": (f"{arm}{PRIOR}", f"{arm}{STAGE2}") for arm in arms}  # what class pictures change
+    return {**pairs, **second, **stages, **classes}
 
 
 def _by_arm(rows: Sequence[Row], case: str) -> dict[str, list[Row]]:

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.recipes.common import GUIDANCE, STEPS, Options, Row, best_device, command_line
-from benchmarks.recipes.mifo_metrics import ATTENTION, LEARNING, SYNTHESIS
+from benchmarks.recipes.mifo_metrics import ATTENTION, LEARNING, PRIOR, STAGE2, SYNTHESIS
 from objectcompose.evaluation.attention_iou import AttentionMaps, MaskedCaption, map_scores
 from objectcompose.evaluation.disentangle import paint_case, score_pictures
 from objectcompose.evaluation.disentangle_cases import TOYBOX_TEMPLATES, editing_prompts, toybox_case
@@ -33,7 +33,6 @@ from objectcompose.training.grounded_captions import CaptionSample
 from objectcompose.training.mifo_losses import learning_layers
 
 
-STAGE2 = "_stage2"
 #: What the learning arms differ by.
 ATTENTION_LOSSES: dict[str, Options] = {
     "none": {"attention_loss": "none"},
@@ -42,9 +41,6 @@ ATTENTION_LOSSES: dict[str, Options] = {
     "reward_penalty": {"attention_loss": "both"},
     "separate": {"attention_loss": "both", "sampling": "separate"},
 }
-LEARNING_ARMS = tuple(
-    f"{name}{stage}" for name in ATTENTION_LOSSES for stage in ("", STAGE2) if (name, stage) != ("separate", STAGE2)
-)
 #: What the synthesis arms call the pipeline with; "full" is what the learning arms are painted with, too.
 CONTROLS: dict[str, Row] = {
     "no_control": {"use_box_control": False},
@@ -58,8 +54,7 @@ CONTROLS: dict[str, Row] = {
 #: Instances that the synthesis arms paint.
 SYNTHESISED = f"reward_penalty{STAGE2}"
 #: Found on a dev scene. The defaults of the losses' weights are for Stable Diffusion's maps; toybox's are flatter. Its
-#: small UNet needs LoRA on all layers to change colours, which its captions never name; without class pictures a step
-#: takes half as long.
+#: small UNet needs LoRA on all layers to change colours, which its captions never name.
 TOYBOX_LEARNING: Options = {
     "learning_rate": 2e-2,
     "reward_weight": 10.0,
@@ -67,10 +62,24 @@ TOYBOX_LEARNING: Options = {
     "train_modules": "lora",
     "lora_layers": "all",
     "lora_rank": 8,
-    "stage2_learning_rate": 1e-3,
-    "prior_weight": 0.0,
     "seed": 0,
 }
+#: Stage 2 by the ending of an arm's name. With class pictures a step takes twice as long, so there are half as many.
+SECOND_STAGES: dict[str, Options] = {
+    STAGE2: {"stage2_learning_rate": 1e-3, "prior_weight": 0.0},
+    PRIOR: {
+        "stage2_learning_rate": 5e-4,
+        "prior_weight": 1.0,
+        "class_prompt": "a photo of a car and a dog on the grass",
+        "class_pictures": 32,
+    },
+}
+LEARNING_ARMS = tuple(
+    f"{name}{ending}"
+    for name in ATTENTION_LOSSES
+    for ending in ("", *SECOND_STAGES)
+    if name != "separate" or not ending
+)
 MAP_TIMESTEPS, MAP_NOISES = (200, 400), 8
 
 
@@ -83,7 +92,7 @@ class Size:
         controls: arms of synthesis.
         alike, unlike: scenes of each kind.
         steps: of stage 1, the first third of it with the reward where both losses are in turn.
-        stage2_steps: of stage 2.
+        stage2_steps: of stage 2, half of them where it has class pictures.
         prompts: of toybox's ten.
         rounds: pictures of each.
     """
@@ -124,6 +133,12 @@ class Part:
         return self.out / self.scene / (self.arm if self.case == LEARNING else f"{SYNTHESIS}-{self.arm}")
 
 
+def split_arm(arm: str) -> tuple[str, str]:
+    """The loss of a learning arm, and its kind of stage 2: "reward_stage2" is "reward" and "_stage2"."""
+    ending = next((one for one in SECOND_STAGES if arm.endswith(one)), "")
+    return arm.removesuffix(ending), ending
+
+
 def chosen_scenes(size: Size) -> list[ToyboxInstances]:
     """The test scenes of a run."""
     scenes = toybox_instances(active_preset(), "test")
@@ -148,12 +163,12 @@ def run_part(part: Part) -> list[Row]:
 
 def learn(part: Part, scene: ToyboxInstances) -> None:
     """Learn the scene's instances; an arm with stage 2 goes on from the stage 1 of the arm without."""
-    data, size, name = part.out / part.scene / "data", part.size, part.arm.removesuffix(STAGE2)
+    data, size, (name, ending) = part.out / part.scene / "data", part.size, split_arm(part.arm)
     data.mkdir(parents=True, exist_ok=True)
     scene.save(data)
     second_steps = 0
-    if part.arm.endswith(STAGE2):
-        second_steps = size.stage2_steps
+    if ending:
+        second_steps = size.stage2_steps // (2 if ending == PRIOR else 1)
         first, half = part.folder / "stage1", part.folder / ".stage1"
         if not first.is_dir():
             shutil.rmtree(half, ignore_errors=True)  # of a copy that was broken off
@@ -162,6 +177,7 @@ def learn(part: Part, scene: ToyboxInstances) -> None:
     options: Row = {
         **TOYBOX_LEARNING,
         **ATTENTION_LOSSES[name],
+        **SECOND_STAGES.get(ending, {}),
         "data": str(data),
         "output_dir": str(part.folder),
         "max_train_steps": size.steps,
@@ -221,8 +237,8 @@ def parts_of(size: Size, out: Path, arms: Sequence[str], controls: Sequence[str]
     def parts(case: str, names: Sequence[str]) -> list[Part]:
         return [Part(case, scene, name, size, out, threads) for scene in scenes for name in names]
 
-    first = [arm for arm in arms if not arm.endswith(STAGE2)]
-    second = [arm for arm in arms if arm.endswith(STAGE2)]
+    first = [arm for arm in arms if not split_arm(arm)[1]]
+    second = [arm for arm in arms if split_arm(arm)[1]]
     painted = [control for control in controls if control != "full"]  # which the learning arms are painted with
     return [parts(LEARNING, first), parts(LEARNING, second), parts(SYNTHESIS, painted)]
 

@@ -70,8 +70,8 @@ def test_attention_in_the_masks_is_paired_by_noise():
 
 
 def test_arms_are_what_they_are_called():
-    named = {f"{name}{end}" for name in ATTENTION_LOSSES for end in ("", "_stage2")}
-    assert set(LEARNING_ARMS) == named - {"separate_stage2"}
+    named = {f"{name}{end}" for name in ATTENTION_LOSSES for end in ("", "_stage2", "_prior")}
+    assert set(LEARNING_ARMS) == named - {"separate_stage2", "separate_prior"}
     for options in ATTENTION_LOSSES.values():
         MIFOLossOptions(**options)
     options = {name: box_control_options(call.get("box_control")) for name, call in CONTROLS.items()}
@@ -94,8 +94,10 @@ def test_every_preset_has_its_scenes_and_parts():
 
 
 def test_chosen_arms_bring_what_they_need():
-    recipe = mifo.Recipe("cpu", Path("nowhere"), ["no_control", "none_stage2"])
-    assert recipe.arms == ["none", "none_stage2", "reward_penalty", "reward_penalty_stage2"]
+    recipe = mifo.Recipe("cpu", Path("nowhere"), ["no_control", "none_stage2", "penalty_prior"])
+    assert recipe.arms == [
+        "none", "none_stage2", "penalty", "penalty_prior", "reward_penalty", "reward_penalty_stage2",
+    ]  # fmt: skip
     assert recipe.controls == ["no_control"]
     with pytest.raises(SystemExit, match="magic"):
         mifo.Recipe("cpu", Path("nowhere"), ["magic"])
