@@ -53,9 +53,9 @@ class Section:
     paper: tuple[PaperRow, ...]
 
 
-def recipe_command(name: str) -> str:
+def recipe_command(name: str, preset: str = "cpu") -> str:
     """What writes a recipe's result file."""
-    return f"make reproduce-{name} PRESET=cpu ARGS=--record"
+    return f"make reproduce-{name} PRESET={preset} ARGS=--record"
 
 
 TOKENCOMPOSE_ARMS = (
@@ -155,6 +155,13 @@ LOCREF_ARMS = (
     "text", "ip_adapter_masks", "ceiling", "floor",
 )  # fmt: skip
 _LOCREF_RIVALS = tuple((arm, f"full_{arm}") for arm in LOCREF_ARMS[1:-2])
+_LOCREF_COLUMNS = tuple(Column(name, f"{name}.{{arm}}") for name in (
+    "ap50", "ap", "identity_seen", "identity_unseen", "identity_way_seen", "identity_way", "clip_i", "dino", "leakage",
+    "leakage_outside",
+))  # fmt: skip
+_LOCREF_DIFFERENCES = tuple(
+    Column(name, f"{name}_diff.{{arm}}") for name in ("ap50", "identity", "leakage", "leakage_outside")
+)
 _LOCREF_CASES = ("n2", "n5", "n10", "n20", "jitter5", "jitter10", "jitter20")
 LOCREF = Section(
     title="LocRef",
@@ -164,6 +171,7 @@ LOCREF = Section(
         "Objects with a box and a reference picture; full is the paper's design with the text kept beside the pictures"
         " inside boxes (gamma 1), which the paper's formula leaves out there. ceiling is the true scene, floor the"
         " same scene with other identities that training shows, for ap50 and ap true scenes at the boxes of others."
+        " What a preset leaves out has no figures; the parts of the design have a section of their own."
     ),
     claims=(
         Claim("Objects are where their boxes are: AP50 at least 0.8 of the ceiling's", "ap50.full", "at least",
@@ -195,15 +203,8 @@ LOCREF = Section(
     ),
     tables=(
         Table("In per cent, cosines times 100; identity_way: 0 is the floor and 100 the ceiling; less is better for"
-              " leakage (into other boxes, outside of the own one) only.", LOCREF_ARMS, (
-            *(Column(name, f"{name}.{{arm}}") for name in (
-                "ap50", "ap", "identity_seen", "identity_unseen", "identity_way_seen", "identity_way", "clip_i",
-                "dino", "leakage", "leakage_outside")),
-        )),
-        Table("Full minus the other, in pairs, in points.", _LOCREF_RIVALS, (
-            Column("ap50", "ap50_diff.{arm}"), Column("identity", "identity_diff.{arm}"),
-            Column("leakage", "leakage_diff.{arm}"), Column("leakage_outside", "leakage_outside_diff.{arm}"),
-        )),
+              " leakage (into other boxes, outside of the own one) only.", LOCREF_ARMS, _LOCREF_COLUMNS),
+        Table("Full minus the other, in pairs, in points.", _LOCREF_RIVALS, _LOCREF_DIFFERENCES),
         Table("Full on layouts of n objects, and with edges of boxes moved by up to so many per cent of a side"
               " (jitter); ceiling: the true scenes of the same layouts.", _LOCREF_CASES, (
             Column("ap50", "ap50.full_{arm}"), Column("ap50, ceiling", "ap50.ceiling_{arm}"),
@@ -215,13 +216,50 @@ LOCREF = Section(
     ),
     paper_note=(
         "Detector, thresholds and pictures behind the paper's mAP, and the CLIP behind its CLIP-I, are not known to"
-        " us; it has no ablation of parts that we know of."
+        " us."
     ),
     paper=(
         PaperRow("mAP (ours: AP50), %", "ap50.full", "68.3"),
         PaperRow("mAP (ours: AP[.50:.95]), %", "ap.full", "68.3"),
         PaperRow("CLIP-I, times 100", "clip_i.full", "82.8"),
     ),
+)  # fmt: skip
+
+LOCREF_ABLATION_ARMS = (
+    "full", "text_replaced", "no_composite", "no_projection", "flat_weights", "ceiling", "floor",
+)  # fmt: skip
+_LOCREF_PARTS = tuple((arm, f"full_{arm}") for arm in LOCREF_ABLATION_ARMS[1:-2])
+LOCREF_ABLATIONS = Section(
+    title="LocRef: parts of the design",
+    name="locref_ablations_toybox",
+    command=recipe_command("locref", "ablations"),
+    intro=(
+        "LocRef's full adapter beside four that lack one part each: the text inside boxes (text_replaced, as the"
+        " paper's formula has it), the composite picture, the projection's hidden layer (one linear layer is left),"
+        " and the loss's weights inside and outside of boxes."
+    ),
+    claims=(
+        Claim("AP50 above an adapter whose pictures replace the text inside boxes", "ap50_diff.full_text_replaced"),
+        Claim("AP50 above an adapter without the composite picture", "ap50_diff.full_no_composite"),
+        Claim("Identity above one linear layer from feature to tokens", "identity_diff.full_no_projection"),
+        Claim("AP50 above a loss that weighs all places alike", "ap50_diff.full_flat_weights"),
+        Claim("Identity above a loss that weighs all places alike", "identity_diff.full_flat_weights"),
+    ),
+    plots=(
+        Plot("locref_parts", "Full minus an adapter without the part, in points", (
+            arms_panel("AP50", "ap50_diff.{arm}", _LOCREF_PARTS,
+                       ours=("text_replaced", "no_composite", "flat_weights"), lines=(("no difference", 0.0, ""),)),
+            arms_panel("identity", "identity_diff.{arm}", _LOCREF_PARTS, ours=("no_projection", "flat_weights"),
+                       lines=(("no difference", 0.0, ""),)),
+        )),
+    ),
+    tables=(
+        Table("In per cent, cosines times 100; less is better for leakage only.", LOCREF_ABLATION_ARMS,
+              _LOCREF_COLUMNS),
+        Table("Full minus the other, in pairs, in points.", _LOCREF_PARTS, _LOCREF_DIFFERENCES),
+    ),
+    paper_note="The paper has no ablation of parts that we know of.",
+    paper=(),
 )  # fmt: skip
 
 STREAM_ARMS = ("coarse", "fine", "mixed", "swapped")
@@ -377,4 +415,4 @@ MIFO = Section(
     ),
 )  # fmt: skip
 
-SECTIONS = (TOKENCOMPOSE, LOCREF, OBJECT_PROMPT, MIFO)
+SECTIONS = (TOKENCOMPOSE, LOCREF, LOCREF_ABLATIONS, OBJECT_PROMPT, MIFO)

@@ -48,10 +48,10 @@ class Arm:
     candidates: tuple[Options, ...]
 
 
-def recipe_parser(description: str, name: str) -> argparse.ArgumentParser:
+def recipe_parser(description: str, name: str, presets: Sequence[str] = PRESET_NAMES) -> argparse.ArgumentParser:
     """Parser with the options that every recipe has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--preset", choices=PRESET_NAMES, default="smoke", help="how large it is (%(default)s)")
+    parser.add_argument("--preset", choices=presets, default="smoke", help="how large it is (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=None, help=f"folder of all that it makes; default: outputs/reproduce/{name}-PRESET"
     )
@@ -77,6 +77,7 @@ def record_outcome(
     rows: Sequence[Row],
     protocol: str,
     sheet: Path,
+    name: str | None = None,
     **more: Any,
 ) -> None:
     """Write the recipe's result file, and its contact sheet beside it.
@@ -85,16 +86,18 @@ def record_outcome(
         args: of `parse_recipe`.
         metrics, rows, protocol: see `write_result`.
         sheet: PNG of the run.
+        name: of the file; None: the recipe's and `_toybox`.
         more: further arguments of `write_result`.
     """
-    name = f"{args.recipe.replace('-', '_')}_toybox"
+    module = args.recipe.replace("-", "_")
+    name = name or f"{module}_toybox"
     write_result(
         name,
         metrics,
         rows,
         command=f"make reproduce-{args.recipe} PRESET={args.preset} ARGS=--record",
         protocol=protocol,
-        recompute=f"benchmarks.recipes.{args.recipe.replace('-', '_')}_metrics:metrics_of_rows",
+        recompute=f"benchmarks.recipes.{module}_metrics:metrics_of_rows",
         checkout=args.checkout,
         **more,
     )

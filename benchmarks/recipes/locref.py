@@ -1,13 +1,14 @@
 """LocRef-Diffusion on the toybox: what masks, composite image, projection and loss weights do, beside two rivals.
 
     make reproduce-locref PRESET=smoke        # 3 minutes on two cores: does the object move with its box?
-    make reproduce-locref PRESET=cpu          # about 4.5 hours on one core; run it again to go on
-    make reproduce-locref PRESET=gpu
+    make reproduce-locref PRESET=cpu          # about 2.5 hours on one core; run it again to go on
+    make reproduce-locref PRESET=ablations    # about as long: what the cpu preset leaves out, beside its full
+    make reproduce-locref PRESET=gpu          # all arms
 
 Every trained arm, the rival IP-Adapter among them, sees the same scenes for the same number of steps at the same
 learning rate (gpu: is tuned on the dev layouts by the same number of trials). The pictures of all arms start from the
 same noise. Outcomes go to `<out>/report.json` and `sheet.png`, with `--record` also to
-`benchmarks/results/locref_toybox.json`.
+`benchmarks/results/locref_toybox.json`, those of the ablations to `locref_ablations_toybox.json`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Size:
         numbers: of objects, for layouts of so many each.
         jitters: by how many per cent of a side edges of boxes are moved.
         more_layouts: for each of `numbers`; for each of `jitters` as many as `layouts`, at most.
-        sides: objects that are painted on the left and on the right.
+        sides: objects that are painted on the left and on the right; 0 for none.
     """
 
     arms: tuple[str, ...]
@@ -99,10 +100,14 @@ TRAINED_OPTIONS: dict[str, dict[str, Any]] = {
     RIVAL: IP_ADAPTER_OPTIONS,
 }
 ALL_ARMS = (*TRAINED_OPTIONS, SWITCH, TEXT)
+#: Better few that are trained for hours than all of them for minutes.
+CPU_ARMS = (FULL, SWITCH, TEXT, "no_mask", "coords", RIVAL)
+ABLATIONS, ABLATION_ARMS = "ablations", (FULL, "text_replaced", "no_composite", "no_projection", "flat_weights")
 NUMBERS, JITTERS = (2, 5, 10, 20), (5, 10, 20)
 SIZES = {
     "smoke": Size((FULL, SWITCH, TEXT, RIVAL), True, 64, 8, 8, 0, 6, 1, (10,), (10,), 3, 20),
-    "cpu": Size(ALL_ARMS, False, 4000, 6000, 8, 0, 96, 2, NUMBERS, JITTERS, 24, 32),
+    "cpu": Size(CPU_ARMS, False, 4000, 6000, 8, 0, 96, 2, NUMBERS, JITTERS, 24, 32),
+    ABLATIONS: Size(ABLATION_ARMS, True, 4000, 6000, 8, 0, 96, 2, (), (), 0, 0),
     "gpu": Size(ALL_ARMS, False, 16_000, 3000, 32, 200, 96, 8, NUMBERS, JITTERS, 96, 32),
 }
 DEV_LAYOUTS = 24
@@ -132,6 +137,11 @@ PROTOCOL = (
     " moved by up to p % of a side, measured by the moved boxes; identity_way: from floor to ceiling, on the test"
     " layouts of unseen identities, identity_way_seen: of seen ones; shift: how far the object moves"
     " with its box. In per cent. Intervals: 95 % bootstrap over layouts."
+)
+#: Of the ablations, which train no `full` of their own.
+COMMITTED_FULL = (
+    " full: the repository's adapter, which the cpu preset trained on these scenes for as many steps of the same plan;"
+    " its rivals are in that preset's result."
 )
 
 
@@ -210,7 +220,7 @@ class Recipe:
         """What an arm paints: options of the layouts, their number, pictures of each."""
         size = self.size
         cases: dict[str, tuple[Options, int, int]] = {TEST: ({"split": "test"}, size.layouts, size.rounds)}
-        if name in (FULL, TEXT):
+        if name in (FULL, TEXT) and size.sides:
             cases |= {side: ({"split": side}, size.sides, 1) for side in (LEFT, RIGHT)}
         if name == FULL:
             cases |= {f"n{count}": ({"objects": count}, size.more_layouts, size.rounds) for count in size.numbers}
@@ -244,7 +254,7 @@ def save_sheet(recipe: Recipe, columns: int = 6) -> Path:
         pictures = recipe.out / name / TEST / "pictures"
         images = [Image.open(pictures / f"{case.record.id}_0.png") for case in cases]
         galleries.append(GalleryRow(name, drawn(images), captions))
-    if FULL in recipe.arm_names:
+    if FULL in recipe.arm_names and recipe.size.sides:
         for side in (LEFT, RIGHT):
             shown = toybox_layouts(active_preset(), side, min(columns, recipe.size.sides))
             pictures = recipe.out / FULL / side / "pictures"
@@ -260,12 +270,14 @@ def save_sheet(recipe: Recipe, columns: int = 6) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe."""
-    args = parse_recipe(recipe_parser(__doc__.splitlines()[0], "locref"), "locref", argv)
+    args = parse_recipe(recipe_parser(__doc__.splitlines()[0], "locref", tuple(SIZES)), "locref", argv)
     out = args.out
     recipe = Recipe(args.preset, out, args.arms)
     rows = unique_rows([row for name in recipe.arm_names for row in recipe.measure(name)])
     metrics = metrics_of_rows(rows)
-    protocol = f"{PROTOCOL}{left_out(recipe.arm_names, ALL_ARMS)}{choices(out, recipe.arm_names)} {recipe.size}"
+    ablations = args.preset == ABLATIONS
+    chosen_arms = COMMITTED_FULL if ablations else left_out(recipe.arm_names, ALL_ARMS)
+    protocol = f"{PROTOCOL}{chosen_arms}{choices(out, recipe.arm_names)} {recipe.size}"
     write_report(out, "reproduce-locref", metrics, protocol, rows, {"size": repr(recipe.size)})
     print(f"sheet: {(sheet := save_sheet(recipe))}")
     if args.record:
@@ -275,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows,
             protocol,
             sheet,
+            name="locref_ablations_toybox" if ablations else None,
             seeds=list(range(recipe.size.rounds)),
             weights=measured_weights(recipe.arm_names, recipe.weights),
         )

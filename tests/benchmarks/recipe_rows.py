@@ -104,6 +104,7 @@ def equally_good(arm: str, number: int) -> float:
 ROWS: dict[str, Callable[[Goodness], Sequence[Row]]] = {
     "tokencompose_toybox": tokencompose_rows,
     "locref_toybox": locref_rows,
+    "locref_ablations_toybox": locref_rows,
     "object_prompt_toybox": object_prompt_rows,
     "mifo_toybox": mifo_rows,
 }

@@ -24,6 +24,7 @@ from benchmarks.results_methods import (
     CONTROLS,
     GUIDANCE_ARMS,
     LEARNING_ARMS,
+    LOCREF_ABLATION_ARMS,
     LOCREF_ARMS,
     SECTIONS,
     STREAM_ARMS,
@@ -55,7 +56,8 @@ from tests.benchmarks.recipe_rows import ROWS, equally_good, tokencompose_rows
 
 RECIPES = {
     "tokencompose_toybox": tokencompose_metrics, "locref_toybox": locref_metrics,
-    "object_prompt_toybox": object_prompt_metrics, "mifo_toybox": mifo_metrics,
+    "locref_ablations_toybox": locref_metrics, "object_prompt_toybox": object_prompt_metrics,
+    "mifo_toybox": mifo_metrics,
 }  # fmt: skip
 #: Stated by the recipe beside its rows' figures; and 0 and 100 by definition.
 NOT_OF_ROWS = {"trained_share.sepen", "identity_way.floor", "identity_way.ceiling", "identity_way_seen.floor",
@@ -99,7 +101,9 @@ def test_every_figure_of_the_page_is_one_that_the_recipe_writes(section):
 
 def test_the_page_knows_all_arms():
     assert set(TOKENCOMPOSE_ARMS) == set(tokencompose.ALL_ARMS)
-    assert set(LOCREF_ARMS) == {*locref.ALL_ARMS, locref_metrics.CEILING, locref_metrics.FLOOR}
+    ends = {locref_metrics.CEILING, locref_metrics.FLOOR}
+    assert set(LOCREF_ARMS) == {*locref.ALL_ARMS, *ends}
+    assert set(LOCREF_ABLATION_ARMS) == {*locref.ABLATION_ARMS, *ends}
     assert STREAM_ARMS == object_prompt_metrics.STREAM_ARMS
     assert ("text", *GUIDANCE_ARMS) == object_prompt_metrics.GUIDANCE_ARMS
     assert set(LEARNING_ARMS) == set(mifo_parts.LEARNING_ARMS) and set(CONTROLS) == set(mifo_parts.CONTROLS)

@@ -111,6 +111,15 @@ def test_all_arms_have_the_same_budget():
         assert set(arms) | {"text", "no_mask_switch"} == set(locref.ALL_ARMS)
 
 
+def test_ablations_stand_beside_the_adapter_of_the_repository(tmp_path):
+    recipe = locref.Recipe(locref.ABLATIONS, tmp_path)
+    assert recipe.weights("full") == toybox_path("locref")
+    trained = locref.SIZES["cpu"]
+    size = recipe.size
+    assert (size.scenes, size.steps, size.batch_size) == (trained.scenes, trained.steps, trained.batch_size)
+    assert set(recipe.cases("full")) == {"test"} and not set(recipe.arm_names[1:]) & set(trained.arms)
+
+
 # ---- the rival
 
 
