@@ -81,7 +81,8 @@ hub-files-check: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for name in attention_core compile grounding locref_cost mifo object_prompt_cost tokencompose_cost toybox; do \
-		echo "benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
+		case $$name in mifo) more=--full-memory ;; *) more= ;; esac; \
+		echo "benchmarks.$$name $$more"; $(PY) -m benchmarks.$$name $$more; \
 	done
 	$(PY) -m benchmarks.results_page
 

@@ -66,7 +66,7 @@ ADOPTED = {
         "test-alike-5/reward_penalty_prior",
         ("identity.reward_penalty_prior.alike", "identity.reward_prior.alike",
          "identity_diff.reward_penalty_reward_prior.alike", "identity_mixed_up.reward_penalty_prior.alike",
-         "leakage.reward_penalty_prior.alike"),
+         "shown.reward_penalty_prior.alike", "leakage.reward_penalty_prior.alike"),
         parts=(("embeddings", "embeddings"), ("weights", "weights")),
         pictures="test-alike-5/data",
         usage="They are two look-alikes of `img.png`, under `mask0.png` and `mask1.png`. `embeddings` is for"

@@ -51,7 +51,8 @@ INTRO = """\
 # Results
 
 Written by `python -m benchmarks.results_page` from [benchmarks/results](benchmarks/results); change nothing here by
-hand. `make verify-results` computes every figure again from its raw rows.
+hand. `make verify-results` computes the figures again from their raw rows, all but the few that a file lists as
+`stated` (sizes and shares of parameters).
 
 Everything about pictures is on the toybox, a world of drawings with small models that were trained from scratch. It
 can show whether a mechanism works, not how well it does on photographs. The papers' numbers stand beside ours as other
@@ -66,10 +67,14 @@ How to read it:
   decided by their value.
 - Where ObjectPrompt's narrow and wide streams do not differ by more than 4 standard errors in the paper's direction,
   there is **no trade-off in this world** for the mixed adapter to be good at.
-- Differences of arms are paired: the same prompts and noise. A claim about a multiple of another arm's figure has no
-  paired interval; its bounds are put together from the two intervals as if the arms were independent (Zou and Donner,
-  2008), which is wider than paired ones where both do well on the same prompts.
-- A time whose IQR is above 5 % of the median is *noisy* and decides nothing.
+- Differences are those of the first arm named minus the second, so claims of less or fewer hold below 0. They are
+  paired: the same prompts and noise. A claim about a multiple of another arm's figure has no paired interval; its
+  bounds are put together from the two intervals as if the arms were independent (Zou and Donner, 2008), which is wider
+  than paired ones where both do well on the same prompts.
+- Intervals are bootstraps over layouts, scenes or prompts. Where these are few, as MIFO's 4 and 8 scenes or 8 prompts
+  of a single object, they come out too narrow, and of width 0 where all agree.
+- A time's bounds, which its verdict rests on, are the median plus and minus half the IQR: where about half of the
+  pairs lie, not an interval of confidence. A time whose IQR is above 5 % of the median is *noisy* and decides nothing.
 - Judges took no part in training or guidance; where settings were tuned, a judge chose them on dev lists.
   Nothing is corrected for the number of claims.
 - In plots the method, or the difference that a claim is about, is an orange square; a noisy time is hollow.

@@ -16,7 +16,9 @@ Definitions (section C.4 of the paper names SIM-C, SIM-D and NSIM-D; which crops
 and where a judge looks, that took no part in learning:
 
     identity, other_identity, identity_mixed_up    as sim_d, nsim_d and mixed_up, by the judge
-    leakage         Share of the area that the judge sees the instances' categories on that lies outside of all boxes.
+    leakage         Share of the area that the judge sees the instances' categories on that lies outside of all boxes;
+                    of those pictures alone in which it sees one.
+    shown           Share of pictures in which it does.
     placed          Share of instances with something of their category whose middle is in their box.
 
 Cosines are means over instances, then pictures; shares are in per cent.
@@ -34,7 +36,7 @@ from objectcompose.evaluation.statistics import bootstrap_mean, interval_metrics
 
 Row = Mapping[str, Any]
 COSINES = ("sim_c", "clip_score", "sim_d", "nsim_d", "leakage_background", "identity", "other_identity")
-SHARES = ("mixed_up", "identity_mixed_up", "leakage", "placed")
+SHARES = ("mixed_up", "identity_mixed_up", "leakage", "shown", "placed")
 COMPOSITES = {
     "cs": ("sim_c", "sim_d", "nsim_d"),
     "cs_scaled": ("clip_score", "sim_d", "nsim_d"),
@@ -56,6 +58,7 @@ def picture_figures(row: Row) -> dict[str, float]:
     if "identity" in row:
         figures |= _table_figures(np.array(row["identity"]), "identity", "other_identity", "identity_mixed_up")
         figures["placed"] = float(np.mean(row["placed"]))
+        figures["shown"] = float(row["leakage"] is not None)
         if row["leakage"] is not None:
             figures["leakage"] = row["leakage"]
     return figures

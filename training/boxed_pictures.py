@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from objectcompose.training.reference_samples import ReferenceSample
 from objectcompose.training.runs import digest_of
 
 
+logger = logging.getLogger(__name__)
 #: References of a sample, at most.
 MAX_REFERENCES = 8
 _CROP_TRIES = 8
@@ -171,6 +173,8 @@ def _outer_box(box: Box, square: Box) -> Box:
 def read_coco(instances: Path, captions: Path, images: Path) -> list[BoxedPicture]:
     """Pictures of COCO-format files that have boxes and captions, in the order of the file.
 
+    Boxes of no width or height, of which COCO 2017 has two, are left out, with a warning.
+
     Args:
         instances: `images`, `annotations` with `bbox`, `categories`.
         captions: `annotations` with `image_id` and `caption`.
@@ -182,10 +186,12 @@ def read_coco(instances: Path, captions: Path, images: Path) -> list[BoxedPictur
     """
     boxes, texts = _read_json(instances), _read_json(captions)
     by_image, captions_of = _grouped(boxes, instances), _captions_by_image(texts, captions)
-    pictures = []
+    pictures, flat = [], 0
     for image in _entries(boxes, "images", instances):
         try:
             found = [one for one in by_image.get(image["id"], []) if not one.get("iscrowd", 0)]
+            whole = [one for one in found if _has_area(one["bbox"])]
+            found, flat = whole, flat + len(found) - len(whole)
             named = captions_of.get(image["id"])
             if not found or not named:
                 continue
@@ -199,7 +205,14 @@ def read_coco(instances: Path, captions: Path, images: Path) -> list[BoxedPictur
         outlines = tuple(one.get("segmentation") for one in found)
         corners = tuple(item.box for item in objects if item.box is not None)
         pictures.append(BoxedPicture(_existing(path), size, corners, tuple(named), outlines if all(outlines) else ()))
+    if flat:
+        logger.warning(f"`{instances}`: {flat} boxes have no width or height and are left out.")
     return pictures
+
+
+def _has_area(bbox: Any) -> bool:
+    """Whether neither side of COCO's [x, y, width, height] is 0; what else may be wrong with it is seen later."""
+    return not isinstance(bbox, list) or 0 not in bbox[2:]
 
 
 def read_openimages(boxes: Path, captions: Path, images: Path) -> list[BoxedPicture]:
@@ -216,7 +229,7 @@ def read_openimages(boxes: Path, captions: Path, images: Path) -> list[BoxedPict
         ImageInputError: a picture is missing or damaged.
     """
     named: dict[str, list[str]] = {}
-    for number, line in enumerate(_read_text(captions).splitlines(), start=1):
+    for number, line in enumerate(_read_text(captions).split("\n"), start=1):
         if line.strip():
             entry = _parsed(line, f"{captions} line {number}")
             if not isinstance(entry, dict) or not {"image_id", "caption"} <= set(entry):

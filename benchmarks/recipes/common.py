@@ -65,6 +65,8 @@ def parse_recipe(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]
     args = parser.parse_args(argv)
     if args.record and args.arms:
         raise SystemExit("`--record` needs all arms of the preset: leave `--arms` out.")
+    if args.record and args.preset == "smoke":
+        raise SystemExit("`--record` needs another preset: smoke shows that a recipe runs, and measures nothing.")
     args.recipe, args.checkout = name, measured_checkout()
     args.out = args.out or Path("outputs") / "reproduce" / f"{name}-{args.preset}"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,19 @@ def command_line(options: Options) -> list[str]:
     return arguments
 
 
+def keep_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Write down what all in a folder follows from, so that nothing there is taken for that of another plan.
+
+    Raises:
+        SystemExit: the folder holds another plan.
+    """
+    path, planned = folder / "plan.json", json.dumps(plan, indent=2) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != planned:
+        raise SystemExit(f"{folder} belongs to a run with other options or steps: name another `--out`, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, planned.encode())
+
+
 def train_once(arm: Arm, options: Options, steps: int, out: Path) -> Path:
     """Train an arm, or go on with a run that was broken off, or do nothing when it is done.
 
@@ -180,13 +195,9 @@ def train_once(arm: Arm, options: Options, steps: int, out: Path) -> Path:
     Raises:
         SystemExit: the folder holds weights of other options.
     """
-    weights, plan = out / "weights", out / "plan.json"
+    weights = out / "weights"
     given = {**arm.options, **options, "max_train_steps": steps}
-    planned = json.dumps(given, indent=2) + "\n"
-    if plan.is_file() and plan.read_text(encoding="utf-8") != planned:
-        raise SystemExit(f"{out} belongs to a run with other options or steps: name another `--out`, or remove it.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan, planned.encode())
+    keep_plan(out, given)
     if not weights.is_dir():
         print(f"== {arm.name}: {steps} steps, {dict(options)}")
         code = arm.train(command_line({**given, "output_dir": str(out)}))
@@ -213,9 +224,13 @@ def choose_candidate(arm: Arm, steps: int, out: Path, score: Callable[[Path], fl
         steps: of each trial.
         out: the arm's folder.
         score: of trained weights.
+
+    Raises:
+        SystemExit: the folder holds a choice from other candidates or steps.
     """
     if len(arm.candidates) == 1:
         return arm.candidates[0]
+    keep_plan(out / "trials", {**arm.options, "candidates": arm.candidates, "steps": steps})
     path = out / "choice.json"
     if not path.is_file():
         trials = []

@@ -102,7 +102,7 @@ TRAINED_OPTIONS: dict[str, dict[str, Any]] = {
 ALL_ARMS = (*TRAINED_OPTIONS, SWITCH, TEXT)
 #: Better few that are trained for hours than all of them for minutes.
 CPU_ARMS = (FULL, SWITCH, TEXT, "no_mask", "coords", RIVAL)
-ABLATIONS, ABLATION_ARMS = "ablations", (FULL, "text_replaced", "no_composite", "no_projection", "flat_weights")
+ABLATIONS, ABLATION_ARMS = "ablations", (FULL, "no_composite", "no_projection", "flat_weights")
 NUMBERS, JITTERS = (2, 5, 10, 20), (5, 10, 20)
 SIZES = {
     "smoke": Size((FULL, SWITCH, TEXT, RIVAL), True, 64, 8, 8, 0, 6, 1, (10,), (10,), 3, 20),

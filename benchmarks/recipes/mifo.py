@@ -61,8 +61,9 @@ PROTOCOL = (
     f" {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms. Crops at the boxes against the cut-outs"
     " of the learned picture: sim_d and nsim_d by toybox's DINO, identity by the judge; sim_c: toybox's CLIP against"
     " rendered scenes of the caption. leakage: share of the area that the judge sees as instances outside of all"
-    " boxes; mixed_up: boxes more like another instance; map_inside: share of a placeholder's attention in its mask,"
-    " t = 200, 400. Cosines raw, shares in per cent. Intervals: 95 % bootstrap over scenes. Learning:"
+    " boxes, of pictures in which it sees any (shown); mixed_up: boxes more like another instance; map_inside: share"
+    " of a placeholder's attention in its mask, t = 200, 400. Cosines raw, shares in per cent. Intervals: 95 %"
+    " bootstrap over scenes. Learning:"
     f" {dict(TOYBOX_LEARNING)}, stage 2 {SECOND_STAGES}; all chosen on one or two dev scenes for all arms alike, not"
     " arm by arm, _prior after _stage2 was measured."
 )

@@ -31,7 +31,7 @@ SYNTHESIS_PAIRS = {
 }
 #: Figures that pairs are compared by; shares in per cent.
 COMPARED = ("sim_d", "nsim_d", "identity", "other_identity")
-COMPARED_SHARES = ("identity_mixed_up", "leakage", "placed")
+COMPARED_SHARES = ("identity_mixed_up", "leakage", "shown", "placed")
 
 
 def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:

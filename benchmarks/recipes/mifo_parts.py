@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from benchmarks.recipes.common import GUIDANCE, STEPS, Options, Row, best_device, command_line
+from benchmarks.recipes.common import GUIDANCE, STEPS, Options, Row, best_device, command_line, keep_plan
 from benchmarks.recipes.mifo_metrics import ATTENTION, LEARNING, PRIOR, STAGE2, SYNTHESIS
 from objectcompose.evaluation.attention_iou import AttentionMaps, MaskedCaption, map_scores
 from objectcompose.evaluation.disentangle import paint_case, score_pictures
@@ -148,7 +148,10 @@ def chosen_scenes(size: Size) -> list[ToyboxInstances]:
 
 def run_part(part: Part) -> list[Row]:
     """The rows of a part, from disk where it is done."""
-    path = part.folder / "rows.json"
+    path, size = part.folder / "rows.json", part.size
+    painted = {"prompts": size.prompts, "rounds": size.rounds, "control": _control(part)}
+    learned = replace(part, case=LEARNING, arm=SYNTHESISED) if part.case == SYNTHESIS else part
+    keep_plan(part.folder, {**learning_options(learned), **painted})
     if not path.is_file():
         if part.threads:
             torch.set_num_threads(part.threads)
@@ -163,31 +166,37 @@ def run_part(part: Part) -> list[Row]:
 
 def learn(part: Part, scene: ToyboxInstances) -> None:
     """Learn the scene's instances; an arm with stage 2 goes on from the stage 1 of the arm without."""
-    data, size, (name, ending) = part.out / part.scene / "data", part.size, split_arm(part.arm)
+    data, (name, ending) = part.out / part.scene / "data", split_arm(part.arm)
     data.mkdir(parents=True, exist_ok=True)
     scene.save(data)
-    second_steps = 0
     if ending:
-        second_steps = size.stage2_steps // (2 if ending == PRIOR else 1)
         first, half = part.folder / "stage1", part.folder / ".stage1"
         if not first.is_dir():
             shutil.rmtree(half, ignore_errors=True)  # of a copy that was broken off
             shutil.copytree(part.out / part.scene / name / "stage1", half)
             half.rename(first)
-    options: Row = {
+    code = learn_mifo.main(command_line({**learning_options(part), "data": str(data), "output_dir": str(part.folder)}))
+    assert code == 0, f"learning {part.scene} with {part.arm} failed"
+
+
+def learning_options(part: Part) -> Row:
+    """What a part's instances are learned with, all but the folders."""
+    size, (name, ending) = part.size, split_arm(part.arm)
+    return {
         **TOYBOX_LEARNING,
         **ATTENTION_LOSSES[name],
         **SECOND_STAGES.get(ending, {}),
-        "data": str(data),
-        "output_dir": str(part.folder),
         "max_train_steps": size.steps,
         "reward_steps": size.steps // 3,
-        "stage2_steps": second_steps,
+        "stage2_steps": size.stage2_steps // (2 if ending == PRIOR else 1) if ending else 0,
         "checkpointing_steps": max(size.steps, 1),
         "validation_steps": max(size.steps, 1),
     }
-    code = learn_mifo.main(command_line(options))
-    assert code == 0, f"learning {part.scene} with {part.arm} failed"
+
+
+def _control(part: Part) -> Row:
+    """What a part's pictures are painted with."""
+    return CONTROLS["full" if part.case == LEARNING else part.arm]
 
 
 def look(part: Part, scene: ToyboxInstances) -> list[Row]:
@@ -199,9 +208,8 @@ def look(part: Part, scene: ToyboxInstances) -> list[Row]:
     pipeline.set_progress_bar_config(disable=True)
     case = toybox_case(scene)
     prompts = editing_prompts(case, TOYBOX_TEMPLATES, part.size.prompts)
-    call = CONTROLS["full" if part.case == LEARNING else part.arm]
     paint: Row = {"rounds": part.size.rounds, "steps": STEPS, "guidance_scale": GUIDANCE, "state": state}
-    pictures = paint_case(pipeline, case, prompts, part.folder / "pictures", call, batch_size=8, **paint)
+    pictures = paint_case(pipeline, case, prompts, part.folder / "pictures", _control(part), batch_size=8, **paint)
     rows = score_pictures(_scorer(device), case, prompts, pictures, part.folder / "scores", state)
     found = [{"case": part.case, "arm": part.arm, **row} for row in rows]
     if part.case == LEARNING:

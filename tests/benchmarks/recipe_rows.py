@@ -65,11 +65,11 @@ def locref_rows(good: Goodness, count: int = 4) -> list[Row]:
 
 
 def object_prompt_rows(good: Goodness, count: int = 2) -> list[Row]:
-    """Objects of sets of two to six and of five look-alikes, and times."""
+    """Objects of sets of two to six, of five look-alikes and of three with a part hidden, and times."""
     rows: list[Row] = []
     arms = [("streams", arm) for arm in STREAM_ARMS]
     arms += [("guidance", arm) for arm in ("text", "unguided", "masks", "guided", "guided_fast")]
-    kinds = [*((objects, "seen") for objects in (2, 3, 4, 5, 6)), (5, "look-alikes")]
+    kinds = [*((objects, "seen") for objects in (2, 3, 4, 5, 6)), (5, "look-alikes"), (3, "occluded")]
     for (case, arm), (objects, kind), number, turn in product(arms, kinds, range(count), range(2)):
         score = good(arm, number)
         facts = {"case": case, "arm": arm, "set": f"{kind}-{objects}-{number}", "round": turn, "object": 0}
@@ -77,6 +77,9 @@ def object_prompt_rows(good: Goodness, count: int = 2) -> list[Row]:
         more = {"matching_accuracy": float(score > 0.5), "category": 1.0, "copies": 0, "overlap": 0.0}
         away = 0.25 * (1 - score) * (1 if turn else -1)
         rows.append({**facts, "kind": kind, "count": objects, **seen, **more, "x": 0.5 + away, "y": 0.5})
+    for arm, number in product(("unguided", "masks", "guided", "guided_fast"), range(7)):
+        seconds = {"seconds_a": 2.0, "seconds_b": 1.0, "seconds_segment": 0.1}
+        rows.append({"case": "seconds", "arm": arm, "pair": number, **seconds})
     return rows
 
 

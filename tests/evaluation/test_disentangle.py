@@ -47,7 +47,7 @@ from objectcompose.pipelines.checkpoints import load_checkpoint
 from objectcompose.pipelines.learned_instances import learned_names, load_instances
 from objectcompose.toybox.categories import PRESETS
 from objectcompose.toybox.judge import Detection
-from objectcompose.toybox.weights import active_preset
+from objectcompose.toybox.weights import active_preset, toybox_path
 from objectcompose.training.mifo_scene import make_scene, scene_files
 from tests.tiny import tiny_tokenizer
 
@@ -144,7 +144,8 @@ def test_figures_of_a_picture_by_hand():
     figures = picture_figures(row("a", table, identity=[[0.9, 0.1], [0.2, 0.7]], leakage=None, placed=[True, False]))
     expected = {
         "sim_c": 0.2, "clip_score": 0.5, "sim_d": 0.6, "nsim_d": 0.4, "mixed_up": 0.5, "leakage_background": 0.3,
-        "identity": 0.8, "other_identity": 0.15, "identity_mixed_up": 0.0, "placed": 0.5,
+        "identity": 0.8, "other_identity": 0.15, "identity_mixed_up": 0.0, "shown": 0.0,
+        "placed": 0.5,
     }  # fmt: skip
     assert figures == pytest.approx(expected)
     assert "nsim_d" not in picture_figures(row("a", [[0.5]]))  # one instance has no others
@@ -227,10 +228,10 @@ def test_captions_of_toybox_are_rendered_scenes(scorer):
 # ---- learned instances on a pipeline
 
 
-def write_learned(folder, width=64, names=("asset0", "asset1")):
+def write_learned(folder, width=64, names=("asset0", "asset1"), vectors=1, first_seed=0):
     (folder / "embeddings").mkdir(parents=True)
-    for number, name in enumerate(names):
-        vector = torch.randn(1, width, generator=torch.Generator().manual_seed(number)) * 0.02
+    for number, name in enumerate(names, start=first_seed):
+        vector = torch.randn(vectors, width, generator=torch.Generator().manual_seed(number)) * 0.02
         save_file({f"<{name}>": vector}, folder / "embeddings" / f"{name}.safetensors")
     return folder
 
@@ -250,6 +251,32 @@ def test_instances_are_loaded_by_number_and_checked(tmp_path):
     (broken / "embeddings" / "third.safetensors").write_text("nothing")
     with pytest.raises(CheckpointError, match="one embedding"):
         load_instances(pipeline, broken)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_two_runs_with_the_same_names_are_told_apart(tmp_path, vectors):
+    pipeline = load_checkpoint(None, "cpu", "mifo")
+    ours = write_learned(tmp_path / "ours", vectors=vectors)
+    load_instances(pipeline, ours)
+    before = pipeline.text_encoder.get_input_embeddings().weight.clone()
+    theirs = write_learned(tmp_path / "theirs", names=("new", "asset1"), vectors=vectors, first_seed=7)
+    with pytest.raises(CheckpointError, match="asset1.*knows from another run"):
+        load_instances(pipeline, theirs)
+    longer = write_learned(tmp_path / "longer", vectors=vectors + 1)
+    with pytest.raises(CheckpointError, match="knows from another run"):
+        load_instances(pipeline, longer)
+    assert "<new>" not in pipeline.tokenizer.get_vocab()
+    pipeline.text_encoder.to(torch.bfloat16)
+    assert load_instances(pipeline, ours) == ["<asset0>", "<asset1>"]  # a cast is no other run
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight, before.bfloat16())
+
+
+def test_layers_are_not_loaded_twice():
+    pipeline = load_checkpoint(None, "cpu", "mifo")
+    load_instances(pipeline, toybox_path("mifo"))
+    adapters = pipeline.get_list_adapters()
+    load_instances(pipeline, toybox_path("mifo"))
+    assert adapters["unet"] and pipeline.get_list_adapters() == adapters
 
 
 def test_a_whole_pipeline_of_stage_2_is_not_left_out(tmp_path):

@@ -58,6 +58,8 @@ def test_leakage_is_compared_where_both_show_something():
     metrics = metrics_of_rows(rows)
     assert metrics["synthesis.leakage_diff.full_no_control"] == pytest.approx(-30)
     assert metrics["synthesis.leakage.full"] == pytest.approx(20)
+    shown = [metrics[f"synthesis.shown.{arm}"] for arm in ("full", "no_control")]
+    assert shown == pytest.approx([200 / 3, 100]) and metrics["synthesis.shown_diff.full_no_control"] < 0
 
 
 def test_attention_in_the_masks_is_paired_by_noise():

@@ -94,6 +94,24 @@ def test_coco_reads_what_counts(tmp_path):
     assert BoxedPictures(pictures, 32).key(0) != BoxedPictures(pictures, 64).key(0)
 
 
+@pytest.mark.parametrize("bbox", [[296.65, 388.33, 1.03, 0.0], [4, 4, 0, 10]])
+def test_boxes_without_area_are_left_out(tmp_path, caplog, bbox):
+    """COCO 2017 has two of them among its hundreds of thousands."""
+    data = coco_instances()
+    data["annotations"].insert(0, {**data["annotations"][0], "bbox": bbox})
+    assert coco(tmp_path, data) == coco(tmp_path)
+    assert "1 boxes have no width or height" in caplog.text
+
+
+def test_captions_may_hold_any_separator(tmp_path):
+    write_openimages(tmp_path)
+    captions = tmp_path / "captions.jsonl"
+    lines = [json.dumps({"image_id": "1", "caption": "a\u2028corgi\x85"}, ensure_ascii=False), ""]
+    captions.write_text("\n".join(lines), encoding="utf-8")
+    [picture] = read_openimages(tmp_path / "boxes.csv", captions, tmp_path / "images")
+    assert picture.captions == ("a\u2028corgi\x85",)
+
+
 def test_openimages_reads_what_counts(tmp_path):
     rows = [f"1,xclick,/m/01,1,0.2,0.6,0.1,0.9,{flags}" for flags in ("1,0,0,0", "0,1,0,0", "0,0,1,0", "0,0,0,1")]
     write_openimages(tmp_path, *rows, "unknown,xclick,/m/01,1,0.2,0.6,0.1,0.9,0,0,0,0")
@@ -114,12 +132,12 @@ def broken(**changes):
     ("instances", "message"),
     [
         (broken(bbox=[40, 0, 20, 10]), "must lie in"),
-        (broken(bbox=[4, 4, 0, 10]), "x0 < x1"),
+        (broken(bbox=[4, 4, -3, 10]), "x0 < x1"),
         (broken(bbox="all"), "bbox"),
         (broken(annotations=None), "annotations"),
         (broken(images=[{"id": 0}]), "missing or wrong"),
     ],
-    ids=["outside", "empty", "no box", "no annotations", "no file name"],
+    ids=["outside", "turned", "no box", "no annotations", "no file name"],
 )
 def test_broken_coco_is_refused(tmp_path, instances, message):
     with pytest.raises(LayoutError, match=message):
