@@ -40,7 +40,7 @@ VERSION = "toybox-1"
 RESULT = Path("benchmarks/results/toybox.json")
 CARD_FIGURES = (
     "judge.presence_accuracy", "judge.mask_iou", "judge.identity_accuracy", "vae.psnr", "base.one_object",
-    "base.two_objects", "base.mg3", "base.seconds_per_image", "checkpoint_mib",
+    "base.two_objects", "base.mg3", "base.seconds_per_image",
 )  # fmt: skip
 START_MINUTES = 0.5  # of a part, before its first step: imports, scenes
 EXTRAS = {"train_toybox_base": ("--compile",)}  # where there is a compiler
