@@ -12,6 +12,7 @@ from the same noise. Outcomes go to `<out>/report.json` and `sheet.png`, with `-
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ PROTOCOL = (
     " losses in middle and decoder; with its choice token_only, pixel_only: with one of them; mid_only, one_grid (the"
     " decoder's coarsest), all_layers (encoder too): with both elsewhere; largest_weights: tokencompose with the first"
     " candidate's weights, twenty times the paper's; attend_and_excite: diffusers' pipeline on the base, whose maps"
-    " and fd_judge are not measured: maps of noised scenes are the base's, and it needs prompts with named objects."
+    " of noised scenes it has."
     f" Pictures: {STEPS} DDIM steps, guidance {GUIDANCE:g}, the same noise for all arms. mg<k>: share of the test"
     " prompts with at least k objects that show k of them, object_accuracy: share of pairs with both, single_object:"
     " share of single ones, by the judge, in per cent; map_iou: maps of held-out scenes at t = 200, 400, 600,"
@@ -268,16 +269,20 @@ class Recipe:
                 {"case": case, "arm": name, **row}
                 for row in self.look(case, folder, pipeline, records, rounds, **paint)
             ]
-        if name != ATTEND_AND_EXCITE:  # which takes prompts whose objects it is told, and changes no maps before
-            rows += self.fd_rows(name, folder, pipeline) + self.map_rows(name, folder, pipeline)
+        rows += self.fd_rows(name, folder, pipeline, **paint)
+        if name != ATTEND_AND_EXCITE:  # whose maps of noised scenes are the base's
+            rows += self.map_rows(name, folder, pipeline)
         return rows
 
-    def fd_rows(self, name: str, folder: Path, pipeline: Any) -> list[Row]:
+    def fd_rows(self, name: str, folder: Path, pipeline: Any, **paint: Any) -> list[Row]:
         """Frechet distance of an arm's pictures to held-out scenes with the same captions."""
         if self.scenes is None:
             return []
-        captions = [PromptRecord(f"scene-{number:05d}", text) for number, text in enumerate(self.scenes.captions)]
-        painted = file_source([one.path for one in self.paint("scenes", folder, pipeline, captions, 1)])
+        captions = [
+            PromptRecord(f"scene-{number:05d}", text, named_categories(text))
+            for number, text in enumerate(self.scenes.captions)
+        ]
+        painted = file_source([one.path for one in self.paint("scenes", folder, pipeline, captions, 1, **paint)])
         found = [source_features(self.features, one, 32, self.state) for one in (painted, self.scenes)]
         value, without_blocks = jackknifed_distance(*found)
         return [{"case": "fd", "arm": name, "value": value, "left_out": without_blocks}]
@@ -330,6 +335,11 @@ class Recipe:
 
         found = paired_ratio(lambda: paint(pipeline, [record.text], **extra), lambda: paint(base, record.text))
         return [{"case": "seconds", "arm": name, **row} for row in found.rows()]
+
+
+def named_categories(caption: str) -> tuple[str, ...]:
+    """The categories that a caption of toybox names."""
+    return tuple(name for name in active_preset().categories if re.search(rf"\b{name}\b", caption))
 
 
 def save_sheet(recipe: Recipe, rows: Sequence[Row], columns: int = 6) -> Path:
